@@ -1,0 +1,29 @@
+# `make help` lists the targets. Options of the setup: FRAMEWORKS=torch,tf|torch|tf  ACCELERATOR=cpu|cuda  WITH_MPI=0|1
+PYTHON ?= python3.11
+NP ?= 2
+RECIPE ?= mnist_mlp_torch
+ARGS ?=
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help setup train test lint clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: ## make .venv and build Horovod into it (idempotent; options: FRAMEWORKS, ACCELERATOR, WITH_MPI)
+	@$(PYTHON) build/setup.py $(foreach option,FRAMEWORKS ACCELERATOR WITH_MPI,$(if $($(option)),$(option)=$($(option))))
+
+train: setup ## set up and train: make train NP=2 RECIPE=mnist_mlp_torch ARGS="train.epochs=5"
+	horovodrun -np $(NP) python -m recipes.$(RECIPE) $(ARGS)
+
+test: setup ## set up and run all tests
+	python -m pytest
+
+lint: setup ## ruff and mypy
+	ruff check .
+	ruff format --check .
+	mypy
+
+clean: ## remove .venv and what tools left behind (not the wheel cache, not outputs/)
+	rm -rf .venv .*_cache *.egg-info
