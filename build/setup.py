@@ -63,7 +63,7 @@ def run(*command: str | Path) -> str:
 
 def pip_install(*arguments: str) -> None:
     """Installs into .venv within the pinned versions."""
-    run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "build/constraints.txt", *arguments)
+    run(PYTHON, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "-c", "build/constraints.txt", *arguments)
 
 
 def main() -> None:

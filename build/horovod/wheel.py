@@ -64,7 +64,7 @@ def cache_key(variables: dict[str, str], edits: Sequence[Path]) -> dict[str, obj
 def fetch_sdist(folder: Path) -> Path:
     """Fetches the sdist of sdist.txt, unpacks it in the folder and returns its root."""
     # fmt: off
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+    command = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check", "--no-deps",
                "--no-build-isolation", "--no-binary", "horovod", "--require-hashes", "--requirement",
                str(HERE / "sdist.txt"), "--dest", str(folder)]
     # fmt: on
@@ -84,7 +84,7 @@ def apply_edits(root: Path, edits: Sequence[Path]) -> None:
     """
     for edit in edits:
         patches = patch_ng.fromfile(str(edit))
-        if not patches or not patches.apply(strip=1, root=str(root), fuzz=False):
+        if not patches or not patches.apply(root=str(root), fuzz=False):
             raise BuildError(f"{edit.name} does not apply to {root.name}")
 
 
