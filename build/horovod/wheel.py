@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 
 import patch_ng
+from packaging.utils import canonicalize_name
 
 HERE = Path(__file__).parent
 FRAMEWORKS = {"torch": "PYTORCH", "tensorflow": "TENSORFLOW", "tensorflow-cpu": "TENSORFLOW"}
@@ -34,7 +35,7 @@ class BuildError(Exception):
 
 def installed_frameworks() -> dict[str, str]:
     """The frameworks of this environment: distribution name -> version."""
-    names = {dist.metadata["Name"] for dist in metadata.distributions()} & FRAMEWORKS.keys()
+    names = {canonicalize_name(dist.metadata["Name"]) for dist in metadata.distributions()} & FRAMEWORKS.keys()
     return {name: metadata.version(name) for name in sorted(names)}
 
 
@@ -84,7 +85,11 @@ def apply_edits(root: Path, edits: Sequence[Path]) -> None:
     """
     for edit in edits:
         patches = patch_ng.fromfile(str(edit))
-        if not patches or not patches.apply(root=str(root), fuzz=False):
+        files = [root / patch.source.decode() for patch in patches or ()]
+        before = [path.read_bytes() if path.exists() else None for path in files]
+        applied = bool(files) and patches.apply(root=str(root), fuzz=False)
+        # patch_ng passes over a file that has the change already; here nothing is passed over.
+        if not applied or any(path.read_bytes() == old for path, old in zip(files, before, strict=True)):
             raise BuildError(f"{edit.name} does not apply to {root.name}")
 
 

@@ -1,0 +1,96 @@
+"""The rules of the configuration that types cannot say."""
+
+import dataclasses
+import math
+import operator
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from common.config import ConfigError, RunConfig
+from common.topology import Topology
+
+_BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], float, str]] = {
+    "seed": (operator.ge, 0, "at least 0"),
+    "train.epochs": (operator.ge, 1, "at least 1"),
+    "train.max_steps": (operator.ge, 1, "at least 1, or null for all epochs"),
+    "train.global_batch_size": (operator.ge, 1, "at least 1"),
+    "train.clip_norm": (operator.ge, 0, "at least 0; 0 means no clipping"),
+    "train.log_every": (operator.ge, 1, "at least 1"),
+    "optimizer.lr": (operator.gt, 0, "greater than 0; 0.1 is usual for sgd, 0.001 for adamw"),
+    "optimizer.momentum": (operator.ge, 0, "at least 0; 0 means plain gradient descent"),
+    "optimizer.beta1": (operator.ge, 0, "at least 0"),
+    "optimizer.beta2": (operator.ge, 0, "at least 0"),
+    "optimizer.epsilon": (operator.gt, 0, "greater than 0"),
+    "optimizer.weight_decay": (operator.ge, 0, "at least 0; 0 means none"),
+    "lr_schedule.warmup_steps": (operator.ge, 0, "at least 0; 0 means none"),
+    "lr_schedule.final_fraction": (operator.ge, 0, "at least 0"),
+    "model.dropout": (operator.ge, 0, "at least 0; 0 means none"),
+    "parallel.num_micro_batches": (operator.ge, 1, "at least 1"),
+}
+_BELOW_ONE = ("optimizer.momentum", "optimizer.beta1", "optimizer.beta2", "model.dropout")
+
+
+def validate(cfg: RunConfig, topology: Topology) -> None:
+    """Checks what types cannot: bounds, and keys that must suit each other, the ranks and the run folder.
+
+    Raises:
+        ConfigError: with all problems found.
+    """
+    problems = [
+        *_out_of_bounds(cfg),
+        *_batch_problems(cfg, topology),
+        *(_run_folder_problems(cfg) if topology.rank == 0 else ()),
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _out_of_bounds(cfg: RunConfig) -> Iterator[str]:
+    values = dict(_leaves(cfg))
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{key}={value}: must be a finite number; leave it out for the default"
+        elif key in _BOUNDS and value is not None and not _BOUNDS[key][0](value, _BOUNDS[key][1]):
+            yield f"{key}={value}: must be {_BOUNDS[key][2]}"
+        elif key in _BELOW_ONE and value >= 1:
+            yield f"{key}={value}: must be below 1"
+    sizes = values.get("model.hidden_sizes", [1])
+    if not sizes or min(sizes) < 1:
+        yield f"model.hidden_sizes={sizes}: must be one or more sizes of at least 1, such as [256,256]"
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted names and values of all leaves of nested dataclasses."""
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", value
+
+
+def _batch_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
+    batch, parts = cfg.train.global_batch_size, cfg.parallel.num_micro_batches
+    if 1 <= batch < topology.num_replicas:
+        yield (
+            f"train.global_batch_size={batch}: must be at least the number of ranks, {topology.num_replicas}, so that "
+            "each has an example; make it larger or start fewer ranks (horovodrun -np)"
+        )
+    elif parts > max(1, batch // topology.num_replicas):
+        yield (
+            f"parallel.num_micro_batches={parts}: must be at most the examples of one rank in one step, "
+            f"{batch // topology.num_replicas}; make it smaller or train.global_batch_size larger"
+        )
+
+
+def _run_folder_problems(cfg: RunConfig) -> Iterator[str]:
+    if cfg.run.dir is None:
+        return
+    folder = Path(cfg.run.dir)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if (folder / "summary.json").exists():
+        yield f"run.dir={folder}: holds a finished run, which is never overwritten; choose another folder or remove it"
+    elif not existing.is_dir() or not os.access(existing, os.W_OK):
+        yield f"run.dir={folder}: cannot be made, as {existing} is not a writable folder; choose another one"
