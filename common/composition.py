@@ -19,7 +19,7 @@ from common.config import ConfigError, RunConfig
 CONF = Path(__file__).parent.parent / "conf"
 
 _SCHEMAS = {
-    "": {"run_schema": RunConfig},
+    "": {"mnist_mlp_schema": config.MnistMLPConfig},
     "data": {"data_schema": config.DataConfig, "mnist_schema": config.MnistConfig},
     "model": {"mlp_schema": config.MLPConfig},
     "optimizer": {"sgd_schema": config.SGDConfig, "adamw_schema": config.AdamWConfig},
@@ -46,7 +46,7 @@ def compose(task: str, overrides: Sequence[str]) -> RunConfig:
     if problems:
         raise ConfigError(problems)
     if not isinstance(cfg, RunConfig):
-        raise TypeError(f"conf/{task}.yaml does not start from run_schema")
+        raise TypeError(f"conf/{task}.yaml does not start from a schema")
     return cfg
 
 

@@ -160,6 +160,13 @@ class RunConfig:
     parallel: ParallelConfig = MISSING
 
 
+@dataclass
+class MnistMLPConfig(RunConfig):
+    """The configuration of mnist_mlp_torch and mnist_mlp_tf."""
+
+    model: MLPConfig = MISSING
+
+
 def to_yaml(cfg: RunConfig) -> str:
     """The resolved configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(cfg))

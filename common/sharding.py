@@ -7,9 +7,11 @@ what, never what is computed.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
+from common.config import RunConfig
 from common.topology import Topology
 
 
@@ -49,6 +51,12 @@ class Plan:
     max_steps: int | None
     seed: int
     topology: Topology
+
+    @classmethod
+    def of(cls, cfg: RunConfig, num_examples: int, topology: Topology) -> Self:
+        """The plan that a configuration asks for."""
+        train = cfg.train
+        return cls(num_examples, train.global_batch_size, train.epochs, train.max_steps, cfg.seed, topology)
 
     @property
     def steps_per_epoch(self) -> int:

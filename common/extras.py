@@ -1,0 +1,17 @@
+"""Says which extra is missing when a framework is not installed."""
+
+import sys
+from importlib.util import find_spec
+
+
+def require(extra: str, *modules: str) -> None:
+    """Leaves with status 2 and one message when a module of the extra is not installed."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        print(
+            f"{', '.join(missing)}: not installed; it comes with the extra '{extra}': "
+            f"make setup FRAMEWORKS={extra} (or FRAMEWORKS=torch,tf for both)",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(2)

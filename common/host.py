@@ -1,0 +1,19 @@
+"""What a rank takes from its host: cores, and how often Horovod wakes up."""
+
+import os
+
+# Milliseconds. With the event-driven edits this is the longest that Horovod's loop sleeps when nothing is posted, and long
+# is good: 20 ms costs an idle core 0.5 %. Measured in docs/horovod-build.md.
+CYCLE_TIME = "20"
+CYCLE_TIME_NOT_EVENT_DRIVEN = "5"
+
+
+def set_cycle_time() -> None:
+    """Gives HOROVOD_CYCLE_TIME a default that suits a CPU; to be called before Horovod starts."""
+    event_driven = os.environ.get("HOROVOD_EVENT_DRIVEN", "1") != "0"
+    os.environ.setdefault("HOROVOD_CYCLE_TIME", CYCLE_TIME if event_driven else CYCLE_TIME_NOT_EVENT_DRIVEN)
+
+
+def num_cores() -> int:
+    """Number of cores that this process may run on."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,169 @@
+"""What a run leaves behind and prints: config.yaml, metrics.jsonl, summary.json, TensorBoard's events, progress lines.
+
+Rank 0 writes all of it, below one folder; on the other ranks the same calls write nothing.
+"""
+
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from common.buckets import allreduce_bytes
+from common.config import RunConfig, to_yaml
+from common.sharding import Plan, Step
+from common.tensorboard import ScalarWriter
+from common.topology import Topology
+
+
+_CLEAR_LINE = "\r\033[K"  # on a terminal
+
+
+class TrainingError(Exception):
+    """Training cannot go on; the message says why and what to do."""
+
+
+def new_folder(cfg: RunConfig, recipe: str) -> str:
+    """The run's folder: the user's choice, or outputs/<recipe>/<date-time>."""
+    return cfg.run.dir or str(Path("outputs", recipe, time.strftime("%Y-%m-%d_%H-%M-%S")))
+
+
+class Run:
+    """The record of one training run.
+
+    Args:
+        cfg: the configuration, with run.dir set.
+        recipe: name of the recipe's module, <task>_<framework>.
+        plan: the run's steps.
+    """
+
+    def __init__(self, cfg: RunConfig, recipe: str, plan: Plan) -> None:
+        self.folder = Path(str(cfg.run.dir))
+        self._cfg, self._plan = cfg, plan
+        self._identity = {"recipe": recipe, "framework": recipe.rpartition("_")[2]}
+        self._topology: Topology = plan.topology
+        self._start = time.perf_counter()
+        self._step_seconds: list[float] = []
+        self._steps = self._examples = 0
+        self._last: dict[str, float] = {}
+        self._metrics: TextIO | None = None
+        if self._topology.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.yaml").write_text(to_yaml(cfg))
+            self._metrics = (self.folder / "metrics.jsonl").open("w")
+            self._tensorboard = ScalarWriter(self.folder / "tensorboard")
+            self._progress = _Progress(plan)
+            self._progress.say(
+                f"{recipe}: {self._topology.world_size} ranks, {plan.num_examples} examples, "
+                f"{plan.global_batch_size} a step, {plan.total_steps} steps, {self.folder}"
+            )
+
+    def track(self, steps: Iterable[Step]) -> Iterator[Step]:
+        """Passes the steps on and takes the time of each."""
+        for step in steps:
+            start = time.perf_counter()
+            yield step
+            self._step_seconds.append(time.perf_counter() - start)
+            self._steps += 1
+            self._examples += step.global_size
+
+    def is_log_due(self, step: Step) -> bool:
+        """Whether train_loss is to be logged at this step: at the first and at every `train.log_every`-th."""
+        return step.number == 1 or step.number % self._cfg.train.log_every == 0
+
+    def log(self, step: Step, **values: float) -> None:
+        """Records values at a step; to be called by every rank with the same values.
+
+        Raises:
+            TrainingError: a value is not finite.
+        """
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise TrainingError(f"{name} is {value} at step {step.number}; a smaller optimizer.lr may help")
+        self._last |= values
+        if self._metrics is not None:
+            event = {"step": step.number, "epoch": step.epoch, **values, "wall_seconds": self._wall_seconds()}
+            self._metrics.write(json.dumps(event) + "\n")
+            self._metrics.flush()
+            self._tensorboard.write(step.number, values)
+            self._progress.show(step, self._last)
+
+    def finish(self, gradient_bytes: int, weights_sha256: str) -> dict[str, Any]:
+        """Writes summary.json, which makes the run a finished one, and returns what it says.
+
+        Args:
+            gradient_bytes: size of what is exchanged in a step.
+            weights_sha256: of the final weights, which all ranks hold.
+        """
+        wire_bytes = allreduce_bytes(gradient_bytes, self._topology.num_replicas)
+        summary = {
+            **self._identity,
+            "world_size": self._topology.world_size,
+            "num_stages": 1,
+            "num_replicas": self._topology.num_replicas,
+            "steps": self._steps,
+            "examples": self._examples,
+            "wall_seconds": self._wall_seconds(),
+            "examples_per_second": self._examples / sum(self._step_seconds),
+            "step_seconds_median": statistics.median(self._step_seconds),
+            "wire_bytes_per_step": wire_bytes,
+            "dense_bytes_per_step": wire_bytes,
+            "weights_sha256": weights_sha256,
+            **self._last,
+            "completed": True,
+        }
+        if self._metrics is not None:
+            self._metrics.close()
+            self._tensorboard.close()
+            unfinished = self.folder / "summary.json.unfinished"
+            unfinished.write_text(json.dumps(summary, indent=2) + "\n")
+            unfinished.rename(self.folder / "summary.json")
+            results = "  ".join(f"{name} {value:.4g}" for name, value in self._last.items() if name.startswith("test_"))
+            self._progress.say(f"done in {summary['wall_seconds']:.1f} s: {results}  {self.folder}")
+        return summary
+
+    def _wall_seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+
+class _Progress:
+    """Lines on stdout, each written whole, one a second at most; on a terminal they overwrite each other."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._terminal = sys.stdout.isatty()
+        self._start = self._shown_at = time.monotonic()
+        self._shown_step = 0
+
+    def say(self, text: str) -> None:
+        """Writes a line that stays."""
+        sys.stdout.write((_CLEAR_LINE if self._terminal else "") + text + "\n")
+        sys.stdout.flush()
+
+    def show(self, step: Step, values: Mapping[str, float]) -> None:
+        """Writes where training stands, unless it did so less than a second ago."""
+        now = time.monotonic()
+        if self._shown_step and now - self._shown_at < 1:
+            return
+        total = self._plan.total_steps
+        done = (step.number - self._shown_step) * self._plan.global_batch_size
+        left = int((now - self._start) / step.number * (total - step.number))
+        line = "  ".join(
+            [
+                f"step {step.number}/{total}",
+                f"epoch {step.epoch}/{self._plan.total_epochs}",
+                *(f"{name} {value:.4g}" for name, value in values.items()),
+                f"{done / (now - self._shown_at):,.0f} examples/s",
+                f"ETA {left // 60}:{left % 60:02}",
+            ]
+        )
+        self._shown_at, self._shown_step = now, step.number
+        if self._terminal:
+            filled = 20 * step.number // total
+            sys.stdout.write(f"{_CLEAR_LINE}[{'#' * filled}{'.' * (20 - filled)}] {line}")
+            sys.stdout.flush()
+        else:
+            self.say(line)

@@ -1,0 +1,34 @@
+"""Scalars for TensorBoard, written without PyTorch or TensorFlow."""
+
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class ScalarWriter:
+    """Appends scalars to an event file in the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        # Not EventFileWriter: it imports TensorFlow wherever that is installed.
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        self._records = RecordWriter((folder / name).open("wb"))
+        self._write(self._event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds one value for each tag at the step."""
+        scalars = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._write(self._event(wall_time=time.time(), step=step, summary=self._summary(value=scalars)))
+
+    def close(self) -> None:
+        """Ends the file."""
+        self._records.close()
+
+    def _write(self, event: object) -> None:
+        self._records.write(event.SerializeToString())  # type: ignore[attr-defined]
+        self._records.flush()

@@ -1,0 +1,112 @@
+"""Starts and steadies the ranks of a PyTorch run."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+
+import horovod.torch as hvd
+import torch
+from common import agreement, host
+from common.config import PrecisionConfig
+from common.run import TrainingError
+from common.topology import Topology
+from horovod.common.exceptions import HorovodInternalError
+from torch import Tensor, nn
+
+
+def init() -> Topology:
+    """Starts Horovod, if it has not been, and gives this rank its share of the cores; without horovodrun: one rank."""
+    if not hvd.is_initialized():
+        host.set_cycle_time()
+        hvd.init()
+    topology = Topology(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(topology.num_threads(host.num_cores()))
+    return topology
+
+
+def device(topology: Topology) -> torch.device:
+    """The GPU of this rank where there is one, else the CPU."""
+    return torch.device("cuda", topology.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def dtype(cfg: PrecisionConfig) -> torch.dtype:
+    """The dtype of weights, activations and gradients."""
+    value: torch.dtype = getattr(torch, cfg.dtype.name)
+    return value
+
+
+def seed(number: int, topology: Topology) -> None:
+    """Seeds this rank's random numbers; rank 0's decide the initial weights, each rank's its dropout."""
+    torch.manual_seed(int(np.random.SeedSequence((number, topology.rank)).generate_state(1)[0]))
+
+
+def to_tensors(arrays: Iterable[np.ndarray], cfg: PrecisionConfig, where: torch.device) -> list[Tensor]:
+    """The arrays on the device; floating-point ones in the run's dtype."""
+    tensors = [torch.from_numpy(array) for array in arrays]
+    return [tensor.to(where, dtype(cfg) if tensor.is_floating_point() else tensor.dtype) for tensor in tensors]
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Every rank's value, in the order of ranks, on all ranks; values are what JSON can hold."""
+    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = hvd.allgather(torch.tensor([len(content)]), name="gather_json.sizes")
+    parts = hvd.allgather(content, name="gather_json.content").split(sizes.tolist())
+    return [json.loads(bytes(part.tolist())) for part in parts]
+
+
+def joint_check() -> AbstractContextManager[None]:
+    """A block that all ranks leave without an error, or all with the ConfigErrors of all (common/agreement.py)."""
+    return agreement.joint_check(gather_json)
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Rank 0's value on all ranks."""
+    return gather_json(value)[0]
+
+
+def barrier() -> None:
+    """Waits until all ranks are here."""
+    hvd.barrier()
+
+
+def sum_over_ranks(*values: float | Tensor) -> list[float]:
+    """The sum of each value over all ranks, in double precision."""
+    return hvd.allreduce(torch.tensor(values, dtype=torch.float64), name="sum_over_ranks", op=hvd.Sum).tolist()
+
+
+def broadcast_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Gives all ranks rank 0's weights, buffers and optimizer state, in one message per dtype."""
+    state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+    tensors = [*model.state_dict().values(), *state]
+    for dtype in {tensor.dtype: None for tensor in tensors}:
+        same = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = hvd.broadcast(torch.cat([tensor.flatten() for tensor in same]), 0, name=f"state.{dtype}")
+        for tensor, part in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def check_in_sync(model: nn.Module) -> str:
+    """Compares the weights of all ranks bit by bit and returns their SHA-256.
+
+    Raises:
+        TrainingError: they differ.
+    """
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    digests = gather_json(digest.hexdigest())
+    differing = [rank for rank, other in enumerate(digests) if other != digests[0]]
+    if differing:
+        raise TrainingError(f"ranks {differing} hold other weights than rank 0: gradients were not exchanged alike")
+    return str(digests[0])
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether the error says that another rank has left the job."""
+    return isinstance(error, HorovodInternalError)
