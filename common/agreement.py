@@ -1,10 +1,11 @@
-"""How ranks agree on whether to go on: what one finds wrong, all raise."""
+"""How ranks agree on whether to go on: what is wrong on one, all raise."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from common.config import ConfigError
+from common.run import TrainingError
 
 
 @contextmanager
@@ -25,3 +26,16 @@ def joint_check(gather: Callable[[Any], list[Any]]) -> Iterator[None]:
     everyones = [problem for of_rank in gather(problems) for problem in of_rank]
     if everyones:
         raise ConfigError(list(dict.fromkeys(everyones)))
+
+
+def same_everywhere(digest: str, gather: Callable[[Any], list[Any]]) -> str:
+    """Returns the digest of the weights that all ranks hold.
+
+    Raises:
+        TrainingError: ranks hold different ones.
+    """
+    digests = gather(digest)
+    differing = [rank for rank, other in enumerate(digests) if other != digests[0]]
+    if differing:
+        raise TrainingError(f"ranks {differing} hold other weights than rank 0: gradients were not exchanged alike")
+    return digest

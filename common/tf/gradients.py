@@ -1,0 +1,94 @@
+"""Gradients in flat buckets, summed over the replicas while backward still runs."""
+
+from collections.abc import Callable, Sequence
+
+import horovod.tensorflow as hvd
+import keras
+import tensorflow as tf
+
+from common import buckets
+from common.topology import Topology
+
+
+def num_bytes(variables: Sequence[keras.Variable]) -> int:
+    """Size of the gradients of all variables."""
+    return sum(_size(variable.value) for variable in variables)
+
+
+def forward_backward(
+    model: keras.Model,
+    sum_of_losses: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    inputs: tf.Tensor,
+    targets: tf.Tensor,
+    num_micro_batches: int,
+    global_size: tf.Tensor,
+) -> tuple[tf.Tensor, list[tf.Tensor]]:
+    """Forward and backward, one micro-batch after another.
+
+    Args:
+        model: whose trainable variables are differentiated.
+        sum_of_losses: (targets, outputs) -> sum over the examples, not their mean.
+        inputs: (B, ...) this rank's examples of the step; B may be 0.
+        targets: (B, ...)
+        num_micro_batches: parts to cut the B examples into; they differ by one example at most.
+        global_size: () number of examples of all ranks in this step.
+
+    Returns:
+        This rank's shares of the mean loss over the global batch and of its gradients: the shares of all ranks add up to
+        them, whatever number of examples each rank has.
+    """
+    sizes = _part_sizes(tf.shape(inputs)[0], num_micro_batches)
+    total = tf.zeros((), tf.float64)
+    sums: list[tf.Tensor] = []
+    for part_inputs, part_targets in zip(tf.split(inputs, sizes), tf.split(targets, sizes), strict=True):
+        # The sums so far come first: otherwise all micro-batches run, and hold their activations, at the same time.
+        with tf.control_dependencies(sums), tf.GradientTape() as tape:
+            loss = sum_of_losses(part_targets, model(tf.identity(part_inputs), training=True))
+            loss /= tf.cast(global_size, loss.dtype)
+        gradients = tape.gradient(loss, [variable.value for variable in model.trainable_variables])
+        sums = [a + b for a, b in zip(sums, gradients, strict=True)] if sums else gradients
+        total += tf.cast(loss, tf.float64)
+    return total, sums
+
+
+def sum_over_replicas(
+    gradients: Sequence[tf.Tensor], topology: Topology, bucket_bytes: int = buckets.BUCKET_BYTES
+) -> list[tf.Tensor]:
+    """The sums of the gradients over the replicas, one message per bucket.
+
+    In a graph each bucket is sent off as soon as its gradients are there.
+    """
+    if topology.num_replicas == 1:
+        return list(gradients)
+    summed = list(gradients)
+    for number, indices in enumerate(buckets.assign([_size(gradient) for gradient in gradients], bucket_bytes)):
+        members = [gradients[index] for index in indices]
+        flat = tf.concat([tf.reshape(member, [-1]) for member in members], axis=0)
+        flat = hvd.allreduce(flat, name=f"gradients.{number}", op=hvd.Sum)
+        parts = tf.split(flat, [member.shape.num_elements() for member in members])
+        for index, member, part in zip(indices, members, parts, strict=True):
+            summed[index] = tf.reshape(part, member.shape)
+    return summed
+
+
+def clip_global_norm(gradients: Sequence[tf.Tensor], max_norm: float) -> list[tf.Tensor]:
+    """The gradients, scaled down to a global L2 norm of max_norm where theirs is larger; 0: as they are.
+
+    Source: Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks", 2013,
+    https://arxiv.org/abs/1211.5063 (algorithm 1)
+    """
+    if not max_norm:
+        return list(gradients)
+    norm = tf.linalg.global_norm(gradients)
+    scale = max_norm / tf.maximum(norm, tf.cast(max_norm, norm.dtype))
+    return [gradient * scale for gradient in gradients]
+
+
+def _size(tensor: tf.Tensor) -> int:
+    """Bytes that the tensor takes."""
+    return int(tensor.shape.num_elements() * tensor.dtype.size)
+
+
+def _part_sizes(size: tf.Tensor, num_parts: int) -> tf.Tensor:
+    """(num_parts,) int32 that add up to size and differ by one at most, larger ones first."""
+    return size // num_parts + tf.cast(tf.range(num_parts) < size % num_parts, tf.int32)

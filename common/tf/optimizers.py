@@ -1,0 +1,43 @@
+"""The optimizers of conf/optimizer as Keras has them."""
+
+import keras
+
+from common.config import AdamWConfig, OptimizerConfig, SGDConfig
+
+
+class SGD(keras.optimizers.SGD):
+    """Momentum as PyTorch has it: the velocity sums gradients, and the learning rate of the step scales all of it.
+
+    Keras' own sums gradients that are scaled already, so that warm-up and decay reach the velocity late, and the twins
+    would part. Source of the form used here: Sutskever et al., "On the importance of initialization and momentum in deep
+    learning", 2013, http://proceedings.mlr.press/v28/sutskever13.html, with the learning rate taken out of the velocity.
+    """
+
+    def update_step(self, gradient, variable, learning_rate):  # type: ignore[no-untyped-def]
+        """Changes the variable by one step."""
+        step = gradient
+        if self.momentum:
+            velocity = self.momentums[self._get_variable_index(variable)]
+            self.assign(velocity, self.momentum * velocity + gradient)
+            step = velocity
+        self.assign_sub(variable, keras.ops.cast(learning_rate, variable.dtype) * step)
+
+
+def build(cfg: OptimizerConfig, model: keras.Model) -> keras.Optimizer:
+    """The optimizer of the configuration for the model's trainable variables.
+
+    AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, https://arxiv.org/abs/1711.05101; only
+    variables of two or more dimensions decay.
+    """
+    if isinstance(cfg, SGDConfig):
+        return SGD(cfg.lr, cfg.momentum)
+    if isinstance(cfg, AdamWConfig):
+        optimizer = keras.optimizers.AdamW(cfg.lr, cfg.weight_decay, cfg.beta1, cfg.beta2, cfg.epsilon)
+        optimizer.exclude_from_weight_decay([variable for variable in model.trainable_variables if len(variable.shape) < 2])
+        return optimizer
+    raise TypeError(f"no optimizer for {type(cfg).__name__}")
+
+
+def set_learning_rate(optimizer: keras.Optimizer, value: float) -> None:
+    """Sets the learning rate of the next step."""
+    optimizer.learning_rate.assign(value)

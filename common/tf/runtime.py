@@ -1,0 +1,116 @@
+"""Starts and steadies the ranks of a TensorFlow run."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import horovod.tensorflow as hvd
+import keras
+import numpy as np
+import tensorflow as tf
+from horovod.common.exceptions import HorovodInternalError
+
+from common import agreement, host
+from common.config import PrecisionConfig
+from common.topology import Topology
+
+
+def init() -> Topology:
+    """Starts Horovod, if it has not been, and gives this rank its share of the cores; without horovodrun: one rank."""
+    if hvd.is_initialized():
+        return _topology()
+    host.set_cycle_time()
+    hvd.init()
+    topology = _topology()
+    num_threads = topology.num_threads(host.num_cores())
+    if "TF_NUM_INTRAOP_THREADS" not in os.environ:
+        tf.config.threading.set_intra_op_parallelism_threads(num_threads)
+    if "TF_NUM_INTEROP_THREADS" not in os.environ:
+        tf.config.threading.set_inter_op_parallelism_threads(num_threads)
+    gpus = tf.config.list_physical_devices("GPU")
+    tf.config.set_visible_devices(gpus[topology.local_rank : topology.local_rank + 1], "GPU")
+    return topology
+
+
+def _topology() -> Topology:
+    return Topology(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
+
+
+def set_dtype(cfg: PrecisionConfig) -> None:
+    """Makes the run's dtype that of all layers built from here on."""
+    keras.config.set_dtype_policy(cfg.dtype.name)
+
+
+def seed(number: int, topology: Topology) -> None:
+    """Seeds this rank's random numbers; rank 0's decide the initial weights, each rank's its dropout."""
+    keras.utils.set_random_seed(int(np.random.SeedSequence((number, topology.rank)).generate_state(1)[0]))
+
+
+def to_tensors(arrays: Iterable[np.ndarray], cfg: PrecisionConfig) -> list[tf.Tensor]:
+    """The arrays as tensors; floating-point ones in the run's dtype."""
+    return [
+        tf.constant(array, cfg.dtype.name if np.issubdtype(array.dtype, np.floating) else array.dtype)
+        for array in arrays
+    ]
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Every rank's value, in the order of ranks, on all ranks; values are what JSON can hold."""
+    content = tf.constant(np.frombuffer(json.dumps(value).encode(), np.uint8))
+    sizes = hvd.allgather(tf.constant([len(content)]), name="gather_json.sizes")
+    parts = tf.split(hvd.allgather(content, name="gather_json.content"), sizes)
+    return [json.loads(part.numpy().tobytes()) for part in parts]
+
+
+def joint_check() -> AbstractContextManager[None]:
+    """A block that all ranks leave without an error, or all with the ConfigErrors of all (common/agreement.py)."""
+    return agreement.joint_check(gather_json)
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Rank 0's value on all ranks."""
+    return gather_json(value)[0]
+
+
+def barrier() -> None:
+    """Waits until all ranks are here."""
+    hvd.barrier()
+
+
+def sum_over_ranks(*values: float | tf.Tensor) -> list[float]:
+    """The sum of each value over all ranks, in double precision."""
+    doubles = tf.stack([tf.cast(value, tf.float64) for value in values])
+    sums: list[float] = hvd.allreduce(doubles, name="sum_over_ranks", op=hvd.Sum).numpy().tolist()
+    return sums
+
+
+def broadcast_state(model: keras.Model, optimizer: keras.Optimizer) -> None:
+    """Gives all ranks rank 0's weights and optimizer state, in one message per dtype."""
+    optimizer.build(model.trainable_variables)
+    variables = [*model.weights, *optimizer.variables]
+    for dtype in {variable.dtype: None for variable in variables}:
+        same = [variable for variable in variables if variable.dtype == dtype]
+        flat = tf.concat([tf.reshape(variable.value, [-1]) for variable in same], axis=0)
+        parts = tf.split(hvd.broadcast(flat, 0, name=f"state.{dtype}"), [variable.value.shape.num_elements() for variable in same])
+        for variable, part in zip(same, parts, strict=True):
+            variable.assign(tf.reshape(part, variable.shape))
+
+
+def check_in_sync(model: keras.Model) -> str:
+    """Compares the weights of all ranks bit by bit and returns their SHA-256.
+
+    Raises:
+        TrainingError: they differ.
+    """
+    digest = hashlib.sha256()
+    for weight in model.weights:
+        digest.update(weight.numpy().tobytes())
+    return agreement.same_everywhere(digest.hexdigest(), gather_json)
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether the error says that another rank has left the job."""
+    return isinstance(error, HorovodInternalError | tf.errors.OpError) and "Horovod" in str(error)
