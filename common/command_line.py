@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from common.composition import compose
-from common.config import ConfigError, RunConfig, to_yaml
+from common.config import ConfigError, to_yaml
 from common.run import TrainingError
 from common.topology import Topology
 
@@ -56,8 +56,8 @@ def run(train: Callable[[Any], Any], task: str, runtime: Runtime, arguments: Seq
     except ConfigError as error:
         if topology.rank == 0:
             print(error, file=sys.stderr, flush=True)
-        # From here on every rank leaves with its own status: not before rank 0 has spoken, and not with the SIGTERM that
-        # the launcher sends as soon as the first one is gone.
+        # Every rank leaves with its own status: not before rank 0 has spoken, and not by the SIGTERM that the launcher
+        # sends as soon as the first one is gone.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         runtime.barrier()
         sys.exit(2)

@@ -5,6 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from common import config
+from common.config import ConfigError, RunConfig
+
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -13,12 +16,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common import config
-from common.config import ConfigError, RunConfig
-
 CONF = Path(__file__).parent.parent / "conf"
 
-_SCHEMAS = {
+_SCHEMAS: dict[str, dict[str, type]] = {
     "": {"mnist_mlp_schema": config.MnistMLPConfig},
     "data": {"data_schema": config.DataConfig, "mnist_schema": config.MnistConfig},
     "model": {"mlp_schema": config.MLPConfig},

@@ -1,7 +1,7 @@
 """The configuration's schema: one dataclass per conf group.
 
-The dataclasses say what keys there are, of which types and units; the YAML files in conf/ have the values. A configuration
-is put together by common/composition.py and checked by common/validation.py.
+The dataclasses say what keys there are, of which types and units; the YAML files in conf/ have the values.
+A configuration is put together by common/composition.py and checked by common/validation.py.
 """
 
 from collections.abc import Sequence

@@ -2,8 +2,8 @@
 
 import os
 
-# Milliseconds. With the event-driven edits this is the longest that Horovod's loop sleeps when nothing is posted, and long
-# is good: 20 ms costs an idle core 0.5 %. Measured in docs/horovod-build.md.
+# Milliseconds. With the event-driven edits this is the longest that Horovod's loop sleeps when nothing is posted, and
+# long is good. Measured in docs/horovod-build.md.
 CYCLE_TIME = "20"
 CYCLE_TIME_NOT_EVENT_DRIVEN = "5"
 

@@ -18,7 +18,6 @@ from common.sharding import Plan, Step
 from common.tensorboard import ScalarWriter
 from common.topology import Topology
 
-
 _CLEAR_LINE = "\r\033[K"  # on a terminal
 
 

@@ -1,18 +1,18 @@
 """Which examples a replica sees at which step.
 
-The global batches of an epoch are a permutation of the dataset cut into pieces of `global_batch_size`, and depend on the
-seed and the epoch alone. A replica gets a contiguous part of each, so that the number of replicas changes who computes
-what, never what is computed.
+The global batches of an epoch are a permutation of the dataset cut into pieces of `global_batch_size`, and depend on
+the seed and the epoch alone. A replica gets a contiguous part of each, so that the number of replicas changes who
+computes what, never what is computed.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
-import numpy as np
-
 from common.config import RunConfig
 from common.topology import Topology
+
+import numpy as np
 
 
 @dataclass(frozen=True)

@@ -102,8 +102,8 @@ def train(cfg: MnistMLPConfig) -> dict[str, Any]:
         for step in run.track(plan.steps(epoch)):
             lr = learning_rate(step.number, plan.total_steps, cfg.optimizer.lr, cfg.lr_schedule)
             optimizers.set_learning_rate(optimizer, lr)
-            batch = runtime.to_tensors(train_split.take(step.examples), cfg.precision)
-            loss = train_step(*batch, step.global_size)
+            inputs, targets = runtime.to_tensors(train_split.take(step.examples), cfg.precision)
+            loss = train_step(inputs, targets, step.global_size)
             if run.is_log_due(step):
                 (train_loss,) = runtime.sum_over_ranks(loss)
                 run.log(step, lr=lr, train_loss=train_loss)

@@ -12,7 +12,6 @@ import itertools
 from functools import partial
 from typing import Any
 
-import torch
 from common import command_line, datasets, sharding
 from common.config import MLPConfig, MnistMLPConfig
 from common.learning_rate import learning_rate
@@ -21,6 +20,8 @@ from common.topology import Topology
 from common.torch import optimizers, runtime
 from common.torch.gradients import Gradients, forward_backward
 from common.validation import validate
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,14 +30,22 @@ EVALUATION_BATCH = 1024
 sum_of_losses = partial(F.cross_entropy, reduction="sum")
 
 
+def dense(fan_in: int, fan_out: int) -> nn.Linear:
+    """A linear layer with Keras' initial weights (Glorot and Bengio, 2010), so that the twins start alike."""
+    layer = nn.Linear(fan_in, fan_out)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 def build_layers(cfg: MLPConfig) -> list[nn.Module]:
     """Layers in order: images (B, 28, 28) in [0, 1] -> logits (B, 10)."""
     widths = [28 * 28, *cfg.hidden_sizes]
     hidden = [
-        nn.Sequential(nn.Linear(fan_in, fan_out), nn.ReLU(), nn.Dropout(cfg.dropout))
+        nn.Sequential(dense(fan_in, fan_out), nn.ReLU(), nn.Dropout(cfg.dropout))
         for fan_in, fan_out in itertools.pairwise(widths)
     ]
-    return [nn.Flatten(), *hidden, nn.Linear(widths[-1], 10)]
+    return [nn.Flatten(), *hidden, dense(widths[-1], 10)]
 
 
 def train_step(
@@ -95,8 +104,9 @@ def train(cfg: MnistMLPConfig) -> dict[str, Any]:
         for step in run.track(plan.steps(epoch)):
             lr = learning_rate(step.number, plan.total_steps, cfg.optimizer.lr, cfg.lr_schedule)
             optimizers.set_learning_rate(optimizer, lr)
-            batch = runtime.to_tensors(train_split.take(step.examples), cfg.precision, runtime.device(topology))
-            loss = train_step(model, optimizer, gradients, *batch, step.global_size, cfg)
+            examples = train_split.take(step.examples)
+            inputs, targets = runtime.to_tensors(examples, cfg.precision, runtime.device(topology))
+            loss = train_step(model, optimizer, gradients, inputs, targets, step.global_size, cfg)
             if run.is_log_due(step):
                 (train_loss,) = runtime.sum_over_ranks(loss)
                 run.log(step, lr=lr, train_loss=train_loss)

@@ -1,7 +1,7 @@
 """Builds Horovod 0.28.1 for the frameworks of this environment and prints the wheel's path.
 
-The sdist comes from PyPI and is checked against sdist.txt, the edits in edits/ are applied in the order of their names, and
-the wheel is kept in the user's cache below a key of everything that decides it.
+The sdist comes from PyPI and is checked against sdist.txt, the edits in edits/ are applied in the order of their
+names, and the wheel is kept in the user's cache below a key of everything that decides it.
 
     python build/horovod/wheel.py [--mpi] [--cuda]
 """

@@ -5,9 +5,9 @@ Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", 1998, 
 
 from importlib import metadata
 
-import numpy as np
-
 from common.datasets.split import Split
+
+import numpy as np
 
 NUM_TRAIN = 1437
 

@@ -8,10 +8,10 @@ import math
 import zlib
 from pathlib import Path
 
-import numpy as np
-
 from common.config import ConfigError
 from common.datasets.split import Split
+
+import numpy as np
 
 # File -> SHA-256 of its gzipped form.
 FILES = {
@@ -48,8 +48,8 @@ def fetch(folder: Path) -> None:
         if _find(folder, name) is None and not any(_retrieve(mirror, name, sha256, folder) for mirror in MIRRORS):
             raise ConfigError(
                 [
-                    f"data=mnist: {name}.gz could not be fetched; put {', '.join(f'{file}.gz' for file in FILES)} into "
-                    f"{folder}, or name another folder with data.root=FOLDER, or use data=digits, which needs no network"
+                    f"data=mnist: {name}.gz could not be fetched; put {', '.join(f'{file}.gz' for file in FILES)} "
+                    f"into {folder}, or name their folder with data.root, or use data=digits, which needs no network"
                 ]
             )
 
@@ -98,8 +98,8 @@ def _read_split(folder: Path, prefix: str) -> Split:
     if len(images) != len(classes) or not len(classes) or classes.max() > 9:
         raise ConfigError(
             [
-                f"data.root={folder}: {prefix}-images has {len(images)} images and {prefix}-labels {len(classes)} labels, "
-                "which must be as many, at least one, and labels from 0 to 9; get the files again"
+                f"data.root={folder}: {prefix} has {len(images)} images and {len(classes)} labels, which must be as "
+                "many, at least one, and labels from 0 to 9; get the files again"
             ]
         )
     return Split(images, classes)

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 
+from common import buckets
+from common.topology import Topology
+
 import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
-
-from common import buckets
-from common.topology import Topology
 
 
 def num_bytes(variables: Sequence[keras.Variable]) -> int:
@@ -34,8 +34,8 @@ def forward_backward(
         global_size: () number of examples of all ranks in this step.
 
     Returns:
-        This rank's shares of the mean loss over the global batch and of its gradients: the shares of all ranks add up to
-        them, whatever number of examples each rank has.
+        This rank's shares of the mean loss over the global batch and of its gradients: the shares of all ranks add up
+        to them, whatever number of examples each rank has.
     """
     sizes = _part_sizes(tf.shape(inputs)[0], num_micro_batches)
     total = tf.zeros((), tf.float64)

@@ -1,16 +1,16 @@
 """The optimizers of conf/optimizer as Keras has them."""
 
-import keras
-
 from common.config import AdamWConfig, OptimizerConfig, SGDConfig
+
+import keras
 
 
 class SGD(keras.optimizers.SGD):
     """Momentum as PyTorch has it: the velocity sums gradients, and the learning rate of the step scales all of it.
 
     Keras' own sums gradients that are scaled already, so that warm-up and decay reach the velocity late, and the twins
-    would part. Source of the form used here: Sutskever et al., "On the importance of initialization and momentum in deep
-    learning", 2013, http://proceedings.mlr.press/v28/sutskever13.html, with the learning rate taken out of the velocity.
+    would part. Source: Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013,
+    http://proceedings.mlr.press/v28/sutskever13.html, with the learning rate taken out of the velocity.
     """
 
     def update_step(self, gradient, variable, learning_rate):  # type: ignore[no-untyped-def]
@@ -33,7 +33,9 @@ def build(cfg: OptimizerConfig, model: keras.Model) -> keras.Optimizer:
         return SGD(cfg.lr, cfg.momentum)
     if isinstance(cfg, AdamWConfig):
         optimizer = keras.optimizers.AdamW(cfg.lr, cfg.weight_decay, cfg.beta1, cfg.beta2, cfg.epsilon)
-        optimizer.exclude_from_weight_decay([variable for variable in model.trainable_variables if len(variable.shape) < 2])
+        optimizer.exclude_from_weight_decay(
+            [variable for variable in model.trainable_variables if len(variable.shape) < 2]
+        )
         return optimizer
     raise TypeError(f"no optimizer for {type(cfg).__name__}")
 

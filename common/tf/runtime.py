@@ -7,15 +7,15 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from common import agreement, host
+from common.config import PrecisionConfig
+from common.topology import Topology
+
 import horovod.tensorflow as hvd
 import keras
 import numpy as np
 import tensorflow as tf
 from horovod.common.exceptions import HorovodInternalError
-
-from common import agreement, host
-from common.config import PrecisionConfig
-from common.topology import Topology
 
 
 def init() -> Topology:
@@ -94,7 +94,9 @@ def broadcast_state(model: keras.Model, optimizer: keras.Optimizer) -> None:
     for dtype in {variable.dtype: None for variable in variables}:
         same = [variable for variable in variables if variable.dtype == dtype]
         flat = tf.concat([tf.reshape(variable.value, [-1]) for variable in same], axis=0)
-        parts = tf.split(hvd.broadcast(flat, 0, name=f"state.{dtype}"), [variable.value.shape.num_elements() for variable in same])
+        parts = tf.split(
+            hvd.broadcast(flat, 0, name=f"state.{dtype}"), [variable.value.shape.num_elements() for variable in same]
+        )
         for variable, part in zip(same, parts, strict=True):
             variable.assign(tf.reshape(part, variable.shape))
 

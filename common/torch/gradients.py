@@ -2,18 +2,19 @@
 
 from collections.abc import Callable, Iterable
 
-import horovod.torch as hvd
-import torch
 from common import buckets
 from common.topology import Topology
+
+import horovod.torch as hvd
+import torch
 from torch import Tensor, nn
 
 
 class Gradients:
     """The gradients of a model, as views into flat buckets that are exchanged as one message each.
 
-    Every rank adds up gradients of sums, already divided by the number of examples of the whole global batch. The exchange
-    is then a sum, which stays exact when ranks have different numbers of examples.
+    Every rank adds up gradients of sums, already divided by the number of examples of the whole global batch. The
+    exchange is then a sum, which stays exact when ranks have different numbers of examples.
 
     Args:
         parameters: the model's, in its order; their .grad is set here and must stay.
@@ -34,7 +35,9 @@ class Gradients:
         self._last_backward = False
         for number, indices in enumerate(buckets.assign(sizes, bucket_bytes)):
             members = [trained[index] for index in indices]
-            flat = torch.zeros(sum(member.numel() for member in members), dtype=members[0].dtype, device=members[0].device)
+            flat = torch.zeros(
+                sum(member.numel() for member in members), dtype=members[0].dtype, device=members[0].device
+            )
             for member, part in zip(members, flat.split([member.numel() for member in members]), strict=True):
                 member.grad = part.view_as(member)
                 member.register_post_accumulate_grad_hook(lambda _, number=number: self._finished_one(number))
@@ -101,11 +104,13 @@ def forward_backward(
     """Forward and backward, one micro-batch after another; leaves the mean over the global batch in the gradients.
 
     Args:
+        model: what is differentiated.
         sum_of_losses: (outputs, targets) -> sum over the examples, not their mean.
         inputs: (B, ...) this rank's examples of the step; B may be 0.
         targets: (B, ...)
         num_micro_batches: parts to cut the B examples into; they differ by one example at most.
         global_size: number of examples of all ranks in this step.
+        gradients: the model's.
 
     Returns:
         This rank's share of the mean loss: the shares of all ranks add up to it.

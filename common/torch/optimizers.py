@@ -1,7 +1,8 @@
 """The optimizers of conf/optimizer as PyTorch has them."""
 
-import torch
 from common.config import AdamWConfig, OptimizerConfig, SGDConfig
+
+import torch
 from torch import nn
 
 

@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
-
-import horovod.torch as hvd
-import torch
 from common import agreement, host
 from common.config import PrecisionConfig
 from common.topology import Topology
+
+import horovod.torch as hvd
+import numpy as np
+import torch
 from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor, nn
 
