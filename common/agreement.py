@@ -25,7 +25,7 @@ def joint_check(gather: Callable[[Any], list[Any]]) -> Iterator[None]:
         problems = error.problems
     everyones = [problem for of_rank in gather(problems) for problem in of_rank]
     if everyones:
-        raise ConfigError(list(dict.fromkeys(everyones)))
+        raise ConfigError(list(dict.fromkeys(everyones))) from None
 
 
 def same_everywhere(digest: str, gather: Callable[[Any], list[Any]]) -> str:

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from common.config import ConfigError, to_yaml
 from common.run import TrainingError
 from common.topology import Topology
 
+SECONDS_TO_GIVE_WAY = 5
 HELP = """\
 usage: horovodrun -np N python -m {module} [key=value ...]
 
@@ -29,8 +31,8 @@ class Runtime(Protocol):
     def joint_check(self) -> AbstractContextManager[None]:
         """A block that all ranks leave with the same errors or none."""
 
-    def barrier(self) -> None:
-        """Waits for all ranks."""
+    def from_rank_zero(self, value: Any) -> Any:
+        """Rank 0's value on all ranks, and so a point where all wait for rank 0."""
 
     def is_lost_rank(self, error: BaseException) -> bool:
         """Whether the error says that another rank has left."""
@@ -59,13 +61,15 @@ def run(train: Callable[[Any], Any], task: str, runtime: Runtime, arguments: Seq
         # Every rank leaves with its own status: not before rank 0 has spoken, and not by the SIGTERM that the launcher
         # sends as soon as the first one is gone.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        runtime.barrier()
+        runtime.from_rank_zero(None)
         sys.exit(2)
     except TrainingError as error:  # raised by all ranks at the same step
         if topology.rank == 0:
             print(error, file=sys.stderr, flush=True)
         sys.exit(1)
     except Exception as error:
-        if runtime.is_lost_rank(error):
-            sys.exit(f"rank {topology.rank} stopped: another rank has left the job")
-        raise
+        if not runtime.is_lost_rank(error):
+            raise
+        # The job's status is that of the first rank to leave: this one gives way to the one that failed.
+        time.sleep(SECONDS_TO_GIVE_WAY)
+        sys.exit(f"rank {topology.rank} stopped: another rank has left the job")

@@ -75,11 +75,6 @@ def from_rank_zero(value: Any) -> Any:
     return gather_json(value)[0]
 
 
-def barrier() -> None:
-    """Waits until all ranks are here."""
-    hvd.barrier()
-
-
 def sum_over_ranks(*values: float | tf.Tensor) -> list[float]:
     """The sum of each value over all ranks, in double precision."""
     doubles = tf.stack([tf.cast(value, tf.float64) for value in values])

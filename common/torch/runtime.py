@@ -69,11 +69,6 @@ def from_rank_zero(value: Any) -> Any:
     return gather_json(value)[0]
 
 
-def barrier() -> None:
-    """Waits until all ranks are here."""
-    hvd.barrier()
-
-
 def sum_over_ranks(*values: float | Tensor) -> list[float]:
     """The sum of each value over all ranks, in double precision."""
     return hvd.allreduce(torch.tensor(values, dtype=torch.float64), name="sum_over_ranks", op=hvd.Sum).tolist()
