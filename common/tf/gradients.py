@@ -80,7 +80,8 @@ def clip_global_norm(gradients: Sequence[tf.Tensor], max_norm: float) -> list[tf
     if not max_norm:
         return list(gradients)
     norm = tf.linalg.global_norm(gradients)
-    scale = max_norm / tf.maximum(norm, tf.cast(max_norm, norm.dtype))
+    largest = tf.constant(max_norm, norm.dtype)
+    scale = largest / tf.maximum(norm, largest)  # exactly 1 where nothing is to be clipped
     return [gradient * scale for gradient in gradients]
 
 

@@ -1,0 +1,107 @@
+"""Runs tests on ranks: a test marked `ranks(2, 4)` runs once per framework and number of ranks, on every rank.
+
+All such tests of one framework and number share one launch of horovodrun, in which pytest runs on each rank. The session
+that was started by hand launches it when it meets the first of them, and reports of each what the ranks reported.
+"""
+
+import importlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests import launch
+
+FRAMEWORKS = ("torch", "tf")
+RESULTS = "TEST_RANKS_RESULTS"  # in the environment of a rank: the folder that the ranks of its launch share
+SECONDS = 150  # for one launch; a hang ends here
+
+Reports = dict[str, list[str]]  # test -> what went wrong on ranks; one "" for each rank where nothing did
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marker = metafunc.definition.get_closest_marker("ranks")
+    if marker:
+        metafunc.fixturenames += ["framework", "num_ranks"]
+        metafunc.parametrize("framework", FRAMEWORKS)
+        metafunc.parametrize("num_ranks", marker.args)
+
+
+@pytest.fixture
+def runtime(framework: str) -> ModuleType:
+    """The runtime module of the framework's binding."""
+    return importlib.import_module(f"common.{framework}.runtime")
+
+
+@pytest.fixture
+def shared_path(request: pytest.FixtureRequest) -> Path:
+    """A folder that all ranks of a test share."""
+    folder = Path(os.environ[RESULTS]) / request.node.name
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    if item.get_closest_marker("ranks") and RESULTS not in os.environ:
+        # Neither fixtures nor the test itself run in this process.
+        assert isinstance(item, pytest.Function)
+        params = item.callspec.params
+        item.fixturenames.clear()
+        item.runtest = lambda: _report(item, params["framework"], params["num_ranks"])  # type: ignore[method-assign]
+        item._request._fillfixtures = lambda: None  # type: ignore[method-assign]
+    return (yield)
+
+
+def _report(item: pytest.Function, framework: str, num_ranks: int) -> None:
+    launches = item.config.stash.setdefault(_LAUNCHES, {})
+    if (framework, num_ranks) not in launches:
+        wanted = {"framework": framework, "num_ranks": num_ranks}
+        ids = [
+            other.nodeid
+            for other in item.session.items
+            if other.get_closest_marker("ranks") and getattr(other, "callspec").params.items() >= wanted.items()
+        ]
+        folder = item.config._tmp_path_factory.mktemp(f"{framework}-{num_ranks}")  # type: ignore[attr-defined]
+        launches[framework, num_ranks] = _launch(ids, num_ranks, folder)
+    reports, output = launches[framework, num_ranks]
+    of_ranks = reports.get(item.nodeid, [])
+    problems = [problem for problem in of_ranks if problem]
+    if problems:
+        pytest.fail("\n".join(problems), pytrace=False)
+    if len(of_ranks) == num_ranks:
+        return
+    if any(problem for others in reports.values() for problem in others):
+        pytest.skip("an earlier test of the same launch failed")
+    pytest.fail(f"reported by {len(of_ranks)} of {num_ranks} ranks; the launch printed:\n{output}", pytrace=False)
+
+
+_LAUNCHES = pytest.StashKey[dict[tuple[str, int], tuple[Reports, str]]]()
+
+
+def _launch(ids: list[str], num_ranks: int, folder: Path) -> tuple[Reports, str]:
+    """Runs the tests on ranks and returns their reports, and what was printed."""
+    (folder / "tests").write_text("\n".join(ids))
+    # -x: a rank that failed would leave the others alone in the next collective.
+    options = ("-x", "-q", "-p", "no:cacheprovider", f"@{folder / 'tests'}")
+    try:
+        job = launch.horovodrun(num_ranks, "-m", "pytest", *options, timeout=SECONDS, **{RESULTS: str(folder)})
+        output = job.stdout
+    except AssertionError as error:
+        output = str(error)
+    reports: Reports = {}
+    for path in sorted(folder.glob("rank*.jsonl")):
+        for line in path.read_text().splitlines():
+            for test, problem in json.loads(line).items():
+                reports.setdefault(test, []).append(problem and f"{path.stem}:\n{problem}")
+    return reports, output
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if RESULTS in os.environ and (report.when == "call" or report.failed):
+        rank = os.environ.get("HOROVOD_RANK") or os.environ["OMPI_COMM_WORLD_RANK"]
+        with (Path(os.environ[RESULTS]) / f"rank{rank}.jsonl").open("a") as file:
+            file.write(json.dumps({report.nodeid: "" if report.passed else report.longreprtext or "skipped"}) + "\n")

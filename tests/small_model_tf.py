@@ -1,0 +1,54 @@
+"""tests/small_model.py in Keras on TensorFlow."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from common.config import OptimizerConfig
+from common.tf import gradients, optimizers, runtime
+from common.topology import Topology
+
+import keras  # isort: skip
+import tensorflow as tf  # isort: skip
+
+
+class SmallModel:
+    """See tests/small_model.py."""
+
+    def __init__(self, weights: Sequence[np.ndarray], optimizer: OptimizerConfig, topology: Topology) -> None:
+        layers = [keras.layers.Dense(size, dtype="float64") for size in (3, 4)]
+        self.model = keras.Sequential([keras.Input((5,), dtype="float64"), *layers])
+        for variable, weight in zip(self.model.weights, weights, strict=True):
+            variable.assign(weight)
+        self.optimizer = optimizers.build(optimizer, self.model)
+        self.optimizer.build(self.model.trainable_variables)
+        self.topology = topology
+
+    def gradients(self, inputs: np.ndarray, global_size: int, num_micro_batches: int, bucket_bytes: int) -> float:
+        def half_squares(_: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
+            return 0.5 * tf.reduce_sum(outputs**2)
+
+        @tf.function
+        def step(data: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
+            loss, grads = gradients.forward_backward(
+                self.model, half_squares, data, data, num_micro_batches, global_size
+            )
+            return loss, gradients.sum_over_replicas(grads, self.topology, bucket_bytes)
+
+        share, self.grads = step(tf.constant(inputs))
+        return float(share)
+
+    def exchanged(self, max_norm: float) -> list[np.ndarray]:
+        self.grads = gradients.clip_global_norm(self.grads, max_norm)
+        return [gradient.numpy() for gradient in self.grads]
+
+    def step(self, learning_rate: float) -> None:
+        optimizers.set_learning_rate(self.optimizer, learning_rate)
+        self.optimizer.apply(self.grads, self.model.trainable_variables)
+
+    def broadcast(self) -> None:
+        runtime.broadcast_state(self.model, self.optimizer)
+
+    @property
+    def weights(self) -> list[np.ndarray]:
+        return [variable.numpy() for variable in self.model.weights]

@@ -1,0 +1,49 @@
+"""tests/small_model.py in PyTorch."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.config import OptimizerConfig
+from common.topology import Topology
+from common.torch import optimizers, runtime
+from common.torch.gradients import Gradients, forward_backward
+
+
+class SmallModel:
+    """See tests/small_model.py."""
+
+    def __init__(self, weights: Sequence[np.ndarray], optimizer: OptimizerConfig, topology: Topology) -> None:
+        self.model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 4)).double()
+        with torch.no_grad():
+            for parameter, weight in zip(self.model.parameters(), weights, strict=True):
+                parameter.copy_(torch.from_numpy(weight.T))
+        self.optimizer = optimizers.build(optimizer, self.model)
+        self.topology = topology
+
+    def gradients(self, inputs: np.ndarray, global_size: int, num_micro_batches: int, bucket_bytes: int) -> float:
+        self.buckets = Gradients(self.model.parameters(), self.topology, bucket_bytes)
+        data = torch.from_numpy(inputs)
+
+        def half_squares(outputs: Tensor, _: Tensor) -> Tensor:
+            return 0.5 * (outputs**2).sum()
+
+        share = forward_backward(self.model, half_squares, data, data, num_micro_batches, global_size, self.buckets)
+        return share.item()
+
+    def exchanged(self, max_norm: float) -> list[np.ndarray]:
+        self.buckets.clip_global_norm(max_norm)
+        return [parameter.grad.numpy(force=True).T for parameter in self.model.parameters()]
+
+    def step(self, learning_rate: float) -> None:
+        optimizers.set_learning_rate(self.optimizer, learning_rate)
+        self.optimizer.step()
+
+    def broadcast(self) -> None:
+        runtime.broadcast_state(self.model, self.optimizer)
+
+    @property
+    def weights(self) -> list[np.ndarray]:
+        return [parameter.detach().numpy().T for parameter in self.model.parameters()]

@@ -1,0 +1,104 @@
+"""Both bindings against numpy, on real ranks."""
+
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from common.config import AdamWConfig, ConfigError, OptimizerConfig, SGDConfig
+from common.sharding import part
+from tests import small_model
+
+SGD = SGDConfig("sgd", lr=0.1, momentum=0.9)
+ADAMW = AdamWConfig("adamw", lr=0.1, beta1=0.8, beta2=0.9, epsilon=1e-8, weight_decay=0.0)
+ONE_BUCKET, MANY_BUCKETS = 10**6, 40
+
+pytestmark = pytest.mark.ranks(2, 4)
+
+
+def test_every_rank_gets_the_values_of_all(runtime: ModuleType, num_ranks: int) -> None:
+    topology = runtime.init()
+    assert (topology.world_size, topology.local_size) == (num_ranks, num_ranks)
+    value = {"rank": topology.rank, "text": "ä" * topology.rank}  # of another length on each rank
+    assert runtime.gather_json(value) == [{"rank": rank, "text": "ä" * rank} for rank in range(num_ranks)]
+    assert runtime.from_rank_zero(topology.rank) == 0
+    assert runtime.sum_over_ranks(1, 0.5 * topology.rank) == [num_ranks, 0.25 * num_ranks * (num_ranks - 1)]
+
+
+def test_what_one_rank_finds_wrong_all_raise_once(runtime: ModuleType) -> None:
+    rank = runtime.init().rank
+    with pytest.raises(ConfigError) as error, runtime.joint_check():
+        if rank > 0:
+            raise ConfigError(["same on all but rank 0", f"rank {min(rank, 2)}"])
+    assert error.value.problems[:2] == ["same on all but rank 0", "rank 1"]
+    assert len(set(error.value.problems)) == len(error.value.problems)
+    with runtime.joint_check():
+        pass
+
+
+@pytest.mark.parametrize("bucket_bytes", [ONE_BUCKET, MANY_BUCKETS])
+@pytest.mark.parametrize("num_micro_batches", [1, 3])
+@pytest.mark.parametrize("num_examples", [3, 16, 17])  # with 4 ranks, 3 leave one without an example
+def test_gradients_are_the_mean_over_the_global_batch(
+    framework: str, runtime: ModuleType, num_examples: int, num_micro_batches: int, bucket_bytes: int
+) -> None:
+    topology = runtime.init()
+    weights = small_model.initial_weights(0)
+    inputs = np.random.default_rng(1).standard_normal((num_examples, 5))
+    model = small_model.build(framework, weights, SGD, topology)
+    share = model.gradients(inputs[part(num_examples, topology)], num_examples, num_micro_batches, bucket_bytes)
+    loss, expected = small_model.reference(weights, inputs)
+    assert runtime.sum_over_ranks(share) == pytest.approx([loss])
+    for gradient, reference in zip(model.exchanged(max_norm=0), expected, strict=True):
+        np.testing.assert_allclose(gradient, reference, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_the_global_norm_is_clipped_only_when_larger(framework: str, runtime: ModuleType, factor: float) -> None:
+    topology = runtime.init()
+    weights = small_model.initial_weights(0)
+    inputs = np.random.default_rng(1).standard_normal((8, 5))
+    _, expected = small_model.reference(weights, inputs)
+    norm = float(np.sqrt(sum((gradient**2).sum() for gradient in expected)))
+    model = small_model.build(framework, weights, SGD, topology)
+    model.gradients(inputs[part(8, topology)], 8, 1, MANY_BUCKETS)
+    for gradient, reference in zip(model.exchanged(max_norm=factor * norm), expected, strict=True):
+        np.testing.assert_allclose(gradient, min(1.0, factor) * reference, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("cfg", [SGD, ADAMW], ids=["sgd", "adamw"])
+def test_optimizers_follow_their_formulas_while_the_rate_changes(
+    framework: str, runtime: ModuleType, cfg: OptimizerConfig
+) -> None:
+    topology = runtime.init()
+    weights = small_model.initial_weights(0)
+    model = small_model.build(framework, weights, cfg, topology)
+    state: dict[str, object] = {}
+    for step, rate in enumerate((0.01, 0.1, 0.02)):
+        inputs = np.random.default_rng(step).standard_normal((9, 5))
+        model.gradients(inputs[part(9, topology)], 9, 1, ONE_BUCKET)
+        model.step(rate)
+        _, expected = small_model.reference(weights, inputs)
+        changes = small_model.updates(cfg, expected, state, rate)
+        weights = [weight + change for weight, change in zip(weights, changes, strict=True)]
+    for weight, reference in zip(model.weights, weights, strict=True):
+        np.testing.assert_allclose(weight, reference, rtol=1e-6)
+
+
+def test_weight_decay_is_for_matrices(framework: str, runtime: ModuleType) -> None:
+    cfg = AdamWConfig("adamw", lr=0.1, beta1=0.8, beta2=0.9, epsilon=1e-8, weight_decay=0.5)
+    topology = runtime.init()
+    before = small_model.initial_weights(0)
+    model = small_model.build(framework, before, cfg, topology)
+    model.gradients(np.zeros((0, 5)), 1, 1, ONE_BUCKET)  # no examples anywhere: decay is all that is left
+    model.step(0.1)
+    for weight, old in zip(model.weights, before, strict=True):
+        np.testing.assert_allclose(weight, old * (0.95 if old.ndim == 2 else 1.0), rtol=1e-6)
+
+
+def test_all_ranks_start_from_rank_zeros_weights(framework: str, runtime: ModuleType) -> None:
+    topology = runtime.init()
+    model = small_model.build(framework, small_model.initial_weights(topology.rank), SGD, topology)
+    model.broadcast()
+    for weight, expected in zip(model.weights, small_model.initial_weights(0), strict=True):
+        np.testing.assert_array_equal(weight, expected)

@@ -1,0 +1,74 @@
+"""Every shipped option composes; every mistake has its message."""
+
+from pathlib import Path
+
+import pytest
+
+from common.composition import CONF, compose
+from common.config import ConfigError
+from common.topology import Topology
+from common.validation import validate
+
+GROUPS = {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in CONF.iterdir() if path.is_dir()}
+TWO_RANKS = Topology(0, 2, 0, 2)
+
+
+@pytest.mark.parametrize("option", [f"{group}={name}" for group, names in GROUPS.items() for name in names])
+def test_shipped_options_compose_and_are_valid(option: str) -> None:
+    validate(compose("mnist_mlp", [option]), TWO_RANKS)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epoch=3", "train.epoch=3: no such key; did you mean train.epochs? valid keys: train.epochs"),
+        ("train.epochs=1.5", "train.epochs=1.5: wrong type"),
+        ("optimizer.lr=fast", "optimizer.lr=fast: wrong type"),
+        ("seed=null", "seed=null: wrong type"),
+        ("data=mnits", "data=mnits: no such option; choose data=digits|mnist"),
+        ("precision.dtype=int8", "expected one of [float32, float64]"),
+        ("+train.foo=1", "+train.foo=1: keys cannot be added or removed"),
+        ("optimizer.name=adamw", "choose the option with optimizer=adamw"),
+        ("epochs", "epochs: not of the form key=value"),
+    ],
+)
+def test_overrides_that_cannot_be_applied(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        compose("mnist_mlp", [override])
+    assert message in str(error.value)
+
+
+def test_all_overrides_that_cannot_be_applied_are_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        compose("mnist_mlp", ["train.epoch=3", "data=mnist", "data.root=folder", "seed=x"])
+    assert [problem.partition(":")[0] for problem in error.value.problems] == ["train.epoch=3", "seed=x"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=-0.1", "optimizer.lr=-0.1: must be greater than 0"),
+        ("optimizer.lr=nan", "optimizer.lr=nan: must be a finite number"),
+        ("optimizer.momentum=1", "optimizer.momentum=1.0: must be below 1"),
+        ("train.max_steps=0", "train.max_steps=0: must be at least 1, or null"),
+        ("train.global_batch_size=1", "train.global_batch_size=1: must be at least the number of ranks, 2"),
+        ("train.global_batch_size=0", "train.global_batch_size=0: must be at least 1"),
+        ("parallel.num_micro_batches=33", "must be at most the examples of one rank in one step, 32"),
+        ("model.hidden_sizes=[]", "model.hidden_sizes=[]: must be one or more sizes"),
+    ],
+)
+def test_values_out_of_bounds(override: str, message: str) -> None:
+    cfg = compose("mnist_mlp", [override])
+    with pytest.raises(ConfigError) as error:
+        validate(cfg, TWO_RANKS)
+    assert len(error.value.problems) == 1
+    assert message in error.value.problems[0]
+
+
+def test_a_run_folder_must_be_unfinished_and_writable(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").touch()
+    (tmp_path / "file").touch()
+    for folder, message in ((tmp_path, "holds a finished run"), (tmp_path / "file" / "x", "not a writable folder")):
+        with pytest.raises(ConfigError, match=message):
+            validate(compose("mnist_mlp", [f"run.dir={folder}"]), TWO_RANKS)
+    validate(compose("mnist_mlp", [f"run.dir={tmp_path / 'new'}"]), TWO_RANKS)
