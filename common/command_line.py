@@ -70,6 +70,7 @@ def run(train: Callable[[Any], Any], task: str, runtime: Runtime, arguments: Seq
     except Exception as error:
         if not runtime.is_lost_rank(error):
             raise
+        print(f"rank {topology.rank} stops: another rank has left the job", file=sys.stderr, flush=True)
         # The job's status is that of the first rank to leave: this one gives way to the one that failed.
         time.sleep(SECONDS_TO_GIVE_WAY)
-        sys.exit(f"rank {topology.rank} stopped: another rank has left the job")
+        sys.exit(1)

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from common.buckets import allreduce_bytes
 from common.config import RunConfig, to_yaml
@@ -48,11 +48,10 @@ class Run:
         self._step_seconds: list[float] = []
         self._steps = self._examples = 0
         self._last: dict[str, float] = {}
-        self._metrics: TextIO | None = None
         if self._topology.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(to_yaml(cfg))
-            self._metrics = (self.folder / "metrics.jsonl").open("w")
+            (self.folder / "metrics.jsonl").write_text("")
             self._tensorboard = ScalarWriter(self.folder / "tensorboard")
             self._progress = _Progress(plan)
             self._progress.say(
@@ -83,10 +82,10 @@ class Run:
             if not math.isfinite(value):
                 raise TrainingError(f"{name} is {value} at step {step.number}; a smaller optimizer.lr may help")
         self._last |= values
-        if self._metrics is not None:
+        if self._topology.rank == 0:
             event = {"step": step.number, "epoch": step.epoch, **values, "wall_seconds": self._wall_seconds()}
-            self._metrics.write(json.dumps(event) + "\n")
-            self._metrics.flush()
+            with (self.folder / "metrics.jsonl").open("a") as metrics:
+                metrics.write(json.dumps(event) + "\n")
             self._tensorboard.write(step.number, values)
             self._progress.show(step, self._last)
 
@@ -114,9 +113,7 @@ class Run:
             **self._last,
             "completed": True,
         }
-        if self._metrics is not None:
-            self._metrics.close()
-            self._tensorboard.close()
+        if self._topology.rank == 0:
             unfinished = self.folder / "summary.json.unfinished"
             unfinished.write_text(json.dumps(summary, indent=2) + "\n")
             unfinished.rename(self.folder / "summary.json")

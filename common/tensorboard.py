@@ -4,6 +4,7 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 class ScalarWriter:
@@ -14,10 +15,9 @@ class ScalarWriter:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._event, self._summary, self._records = event_pb2.Event, summary_pb2.Summary, RecordWriter
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
-        self._records = RecordWriter((folder / name).open("wb"))
+        self._path = folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
         self._write(self._event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -25,10 +25,6 @@ class ScalarWriter:
         scalars = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         self._write(self._event(wall_time=time.time(), step=step, summary=self._summary(value=scalars)))
 
-    def close(self) -> None:
-        """Ends the file."""
-        self._records.close()
-
-    def _write(self, event: object) -> None:
-        self._records.write(event.SerializeToString())  # type: ignore[attr-defined]
-        self._records.flush()
+    def _write(self, event: Any) -> None:
+        with self._path.open("ab") as file:
+            self._records(file).write(event.SerializeToString())

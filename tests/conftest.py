@@ -39,7 +39,7 @@ def runtime(framework: str) -> ModuleType:
 @pytest.fixture
 def shared_path(request: pytest.FixtureRequest) -> Path:
     """A folder that all ranks of a test share."""
-    folder = Path(os.environ[RESULTS]) / request.node.name
+    folder = Path(os.environ[RESULTS]) / request.node.originalname
     folder.mkdir(exist_ok=True)
     return folder
 

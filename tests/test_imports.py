@@ -1,0 +1,48 @@
+"""Who may import whom."""
+
+import sys
+
+import pytest
+
+from tests.launch import ROOT, run
+
+FOREIGN = "{'torch', 'tensorflow', 'keras', 'horovod'}"
+NEUTRAL = [path.stem for path in sorted((ROOT / "common").glob("[!_]*.py"))]
+
+
+def imported(statements: str, names: str) -> str:
+    """Which of the names a new interpreter has imported after the statements."""
+    result = run([sys.executable, "-c", f"{statements}\nimport sys\nprint(sorted({names} & sys.modules.keys()))"])
+    assert result.returncode == 0, result.stdout
+    return result.stdout.splitlines()[-1]
+
+
+def test_neutral_modules_import_no_framework() -> None:
+    modules = ", ".join(f"common.{name}" for name in (*NEUTRAL, "datasets"))
+    assert imported(f"import {modules}", FOREIGN) == "[]"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "other"), [("mnist_mlp_torch", "{'tensorflow', 'keras'}"), ("mnist_mlp_tf", "{'torch'}")]
+)
+def test_a_recipe_trains_without_the_other_framework(recipe: str, other: str, tmp_path: str) -> None:
+    statements = f"""
+import sys
+sys.argv = ["", "run.dir={tmp_path}/run", "train.max_steps=1"]
+from recipes import {recipe}
+{recipe}.main()"""
+    assert imported(statements, other) == "[]"
+
+
+def test_a_missing_framework_is_named_with_its_extra() -> None:
+    statements = "import sys; sys.modules['torch'] = None; import common.torch"
+    result = run([sys.executable, "-c", statements])
+    assert result.returncode == 2
+    assert result.stdout.startswith("torch: not installed; it comes with the extra 'torch'")
+    assert len(result.stdout.splitlines()) == 1
+
+
+def test_the_list_of_recipes_has_a_line_for_each() -> None:
+    lines = run([sys.executable, "-m", "recipes"]).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["mnist_mlp_tf", "mnist_mlp_torch"]
+    assert lines[1].endswith("Handwritten digits with a multilayer perceptron, in PyTorch.")

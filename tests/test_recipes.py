@@ -1,0 +1,121 @@
+"""The recipes as a user starts them."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from common.composition import compose
+from common.datasets import digits
+from common.run import TrainingError
+from tests.launch import horovodrun, run, train
+from tests.test_datasets import write_idx
+
+RECIPES = ["mnist_mlp_torch", "mnist_mlp_tf"]
+
+
+def losses(events: list[dict[str, Any]]) -> list[float]:
+    return [event["train_loss"] for event in events if "train_loss" in event]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_one_loss_curve_for_every_layout(recipe: str, tmp_path: Path) -> None:
+    short = ("train.max_steps=60", "train.log_every=10")
+    layouts = {1: (), 2: (), 3: (), 4: (), 2.4: ("parallel.num_micro_batches=4",)}
+    curves = {
+        ranks: losses(train(int(ranks), recipe, tmp_path / str(ranks), *short, *overrides))
+        for ranks, overrides in layouts.items()
+    }
+    assert len(curves[1]) == 7
+    assert curves[1][-1] < 0.5 * curves[1][0]
+    for curve in curves.values():
+        assert curve == pytest.approx(curves[1], rel=1e-5)
+
+
+@pytest.mark.ranks(2)
+def test_a_run_without_averaging_is_caught(
+    framework: str, runtime: ModuleType, shared_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if framework == "torch":
+        from common.torch.gradients import Gradients
+        from recipes.mnist_mlp_torch import train as train_here
+
+        monkeypatch.setattr(Gradients, "_send", lambda self, number: None)
+    else:
+        from common.tf import gradients
+        from recipes.mnist_mlp_tf import train as train_here
+
+        monkeypatch.setattr(gradients, "sum_over_replicas", lambda grads, topology: grads)
+    cfg = compose("mnist_mlp", ["train.max_steps=3", f"run.dir={shared_path / 'run'}"])
+    with pytest.raises(TrainingError, match=r"ranks \[1\] hold other weights than rank 0"):
+        train_here(cfg)
+    monkeypatch.undo()
+    cfg.run.dir = str(shared_path / "again")
+    assert train_here(cfg)["completed"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_without_horovodrun_a_recipe_is_one_rank(recipe: str, tmp_path: Path) -> None:
+    overrides = ["train.max_steps=2", "optimizer=adamw", "precision=fp64", "model.dropout=0.5"]
+    result = run([sys.executable, "-m", f"recipes.{recipe}", f"run.dir={tmp_path}", *overrides])
+    assert result.returncode == 0, result.stdout
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["world_size"], summary["steps"], summary["wire_bytes_per_step"]) == (1, 2, 0)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_idx_files_train_and_the_defaults_reach_their_accuracy(recipe: str, tmp_path: Path) -> None:
+    for prefix, split in zip(("train", "t10k"), digits.load(), strict=True):
+        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", split.images)
+        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", split.classes)
+    events = train(2, recipe, tmp_path / "run", "data=mnist", f"data.root={tmp_path}")
+    assert events[-1]["test_accuracy"] >= 0.95
+
+
+def mistakes(tmp_path: Path) -> dict[str, list[str]]:
+    """Overrides that cannot be run -> parts of the message."""
+    (tmp_path / "finished").mkdir()
+    (tmp_path / "finished" / "summary.json").touch()
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(b"\x00" * 100)[:30])
+    return {
+        "train.epoch=3": ["train.epoch=3: no such key", "did you mean train.epochs?"],
+        "train.epochs=many": ["train.epochs=many: wrong type", "train.epochs=20"],
+        "optimizer=adma": ["optimizer=adma: no such option", "optimizer=adamw|sgd"],
+        "train.global_batch_size=1": ["train.global_batch_size=1: must be at least the number of ranks, 2"],
+        "data=mnist data.root=/no/folder": ["data.root=/no/folder: there is no such folder", "data=digits"],
+        f"data=mnist data.root={tmp_path}": ["train-images-idx3-ubyte.gz is damaged", "get the file again"],
+        f"run.dir={tmp_path / 'finished'}": ["holds a finished run", "choose another folder"],
+        "optimizer.lr=-0.1 train.epochs=0": ["optimizer.lr=-0.1: must be greater than 0", "train.epochs=0: must be"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("recipe", "number"), [("mnist_mlp_torch", number) for number in range(8)] + [("mnist_mlp_tf", 0), ("mnist_mlp_tf", 5)]
+)
+def test_a_mistake_has_one_message_and_status_2_on_every_rank(recipe: str, number: int, tmp_path: Path) -> None:
+    overrides, message = list(mistakes(tmp_path).items())[number]
+    before = sorted(tmp_path.rglob("*"))
+    result = horovodrun(2, "-m", f"recipes.{recipe}", *overrides.split(), timeout=60)
+    assert result.returncode == 2, result.stdout
+    assert "Traceback" not in result.stdout
+    spoken = [line for line in result.stdout.splitlines() if line.startswith("[")]
+    assert all(line.startswith("[0]<stderr>:") for line in spoken), result.stdout
+    for part in message:
+        assert result.stdout.count(part) == 1, result.stdout
+    for rank in range(2):
+        assert f"Process {rank} exit with status code 2." in result.stdout
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("framework", ["torch", "tf"])
+@pytest.mark.parametrize(("how", "status"), [("raise", 1), ("kill", 137)])
+def test_a_rank_that_fails_ends_the_job_with_its_status(framework: str, how: str, status: int) -> None:
+    result = horovodrun(2, "-m", "tests.failing_job", framework, how, timeout=40)
+    assert result.returncode == status, result.stdout
+    assert "rank 0 stops: another rank has left the job" in result.stdout
+    assert ("ValueError: on purpose" in result.stdout) == (how == "raise")

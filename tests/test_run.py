@@ -1,0 +1,73 @@
+"""What a run records, without training."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+from common.composition import compose
+from common.run import Run, TrainingError
+from common.sharding import Plan
+from common.topology import Topology
+
+
+def record(folder: Path, rank: int = 0, loss: float = 0.5) -> None:
+    """A run of two steps over ten examples, on rank `rank` of two."""
+    overrides = [f"run.dir={folder}", "train.global_batch_size=5", "train.epochs=1"]
+    cfg = compose("mnist_mlp", overrides)
+    plan = Plan.of(cfg, 10, Topology(rank, 2, rank, 2))
+    run = Run(cfg, "some_recipe_torch", plan)
+    for step in run.track(plan.steps(1)):
+        if run.is_log_due(step):
+            run.log(step, train_loss=loss)
+    run.log(step, test_loss=0.25)
+    run.finish(gradient_bytes=1000, weights_sha256="00")
+
+
+def test_rank_zero_leaves_the_files_of_the_contract(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record(tmp_path)
+    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [{**event, "wall_seconds": 0} for event in events] == [
+        {"step": 1, "epoch": 1, "train_loss": 0.5, "wall_seconds": 0},
+        {"step": 2, "epoch": 1, "test_loss": 0.25, "wall_seconds": 0},
+    ]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    measured = {"wall_seconds", "examples_per_second", "step_seconds_median"}
+    assert all(summary.pop(name) > 0 for name in measured)
+    assert summary == {
+        "recipe": "some_recipe_torch",
+        "framework": "torch",
+        "world_size": 2,
+        "num_stages": 1,
+        "num_replicas": 2,
+        "steps": 2,
+        "examples": 10,
+        "wire_bytes_per_step": 1000,
+        "dense_bytes_per_step": 1000,
+        "weights_sha256": "00",
+        "train_loss": 0.5,
+        "test_loss": 0.25,
+        "completed": True,
+    }
+    assert "global_batch_size: 5" in (tmp_path / "config.yaml").read_text()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    scalars = [(event.step, value.tag) for event in EventFileLoader(str(file)).Load() for value in event.summary.value]
+    assert scalars == [(1, "train_loss"), (2, "test_loss")]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("some_recipe_torch: 2 ranks, 10 examples")
+    assert lines[1].startswith("step 1/2  epoch 1/1  train_loss 0.5")
+    assert lines[-1].endswith(str(tmp_path))
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record(tmp_path, rank=1)
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_loss_that_is_not_finite_ends_training_on_every_rank(tmp_path: Path, rank: int) -> None:
+    with pytest.raises(TrainingError, match=r"train_loss is nan at step 1; a smaller optimizer.lr may help"):
+        record(tmp_path, rank, loss=float("nan"))
+    assert not (tmp_path / "summary.json").exists()
