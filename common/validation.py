@@ -18,7 +18,7 @@ _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], float, str]] = {
     "train.global_batch_size": (operator.ge, 1, "at least 1"),
     "train.clip_norm": (operator.ge, 0, "at least 0; 0 means no clipping"),
     "train.log_every": (operator.ge, 1, "at least 1"),
-    "optimizer.lr": (operator.gt, 0, "greater than 0; 0.05 is usual for sgd, 0.001 for adamw"),
+    "optimizer.lr": (operator.gt, 0, "greater than 0; 0.1 is usual for sgd, 0.001 for adamw"),
     "optimizer.momentum": (operator.ge, 0, "at least 0; 0 means plain gradient descent"),
     "optimizer.beta1": (operator.ge, 0, "at least 0"),
     "optimizer.beta2": (operator.ge, 0, "at least 0"),

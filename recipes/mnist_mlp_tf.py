@@ -34,8 +34,8 @@ def sum_of_losses(targets: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
 def build_layers(cfg: MLPConfig) -> list[keras.Layer]:
     """Layers in order: images (B, 28, 28) in [0, 1] -> logits (B, 10).
 
-    GELU (Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415) has no kink: a ReLU near 0 can be on in one layout
-    and off in another by rounding alone, and the loss curves part.
+    GELU (Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415) has no kink: by rounding alone, a ReLU near 0
+    can be on in one layout and off in another, and their loss curves part.
     """
     hidden = [
         layer

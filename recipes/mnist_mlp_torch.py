@@ -41,8 +41,8 @@ def dense(fan_in: int, fan_out: int) -> nn.Linear:
 def build_layers(cfg: MLPConfig) -> list[nn.Module]:
     """Layers in order: images (B, 28, 28) in [0, 1] -> logits (B, 10).
 
-    GELU (Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415) has no kink: a ReLU near 0 can be on in one layout
-    and off in another by rounding alone, and the loss curves part.
+    GELU (Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415) has no kink: by rounding alone, a ReLU near 0
+    can be on in one layout and off in another, and their loss curves part.
     """
     widths = [28 * 28, *cfg.hidden_sizes]
     hidden = [

@@ -1,7 +1,7 @@
 """Runs tests on ranks: a test marked `ranks(2, 4)` runs once per framework and number of ranks, on every rank.
 
-All such tests of one framework and number share one launch of horovodrun, in which pytest runs on each rank. The session
-that was started by hand launches it when it meets the first of them, and reports of each what the ranks reported.
+All such tests of one framework and number share one launch of horovodrun, in which pytest runs on each rank. The
+session that was started by hand launches it when it meets the first of them, and reports what the ranks reported.
 """
 
 import importlib
@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-import pytest
-
 from tests import launch
+
+import pytest
 
 FRAMEWORKS = ("torch", "tf")
 RESULTS = "TEST_RANKS_RESULTS"  # in the environment of a rank: the folder that the ranks of its launch share
@@ -39,44 +39,48 @@ def runtime(framework: str) -> ModuleType:
 @pytest.fixture
 def shared_path(request: pytest.FixtureRequest) -> Path:
     """A folder that all ranks of a test share."""
-    folder = Path(os.environ[RESULTS]) / request.node.originalname
+    folder = Path(os.environ[RESULTS], str(request.node.originalname))
     folder.mkdir(exist_ok=True)
     return folder
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    if item.get_closest_marker("ranks") and RESULTS not in os.environ:
+    if isinstance(item, pytest.Function) and _launch_key(item) and RESULTS not in os.environ:
         # Neither fixtures nor the test itself run in this process.
-        assert isinstance(item, pytest.Function)
-        params = item.callspec.params
         item.fixturenames.clear()
-        item.runtest = lambda: _report(item, params["framework"], params["num_ranks"])  # type: ignore[method-assign]
         item._request._fillfixtures = lambda: None  # type: ignore[method-assign]
+        item.runtest = lambda: _report(item)  # type: ignore[method-assign]
     return (yield)
 
 
-def _report(item: pytest.Function, framework: str, num_ranks: int) -> None:
+def _launch_key(item: pytest.Item) -> tuple[str, int] | None:
+    """The framework and number of ranks that a marked test runs with."""
+    if not isinstance(item, pytest.Function) or not item.get_closest_marker("ranks"):
+        return None
+    params = item.callspec.params
+    return str(params["framework"]), int(str(params["num_ranks"]))
+
+
+def _report(item: pytest.Function) -> None:
+    """Passes or fails as the test did on its ranks; the first test of a launch starts it."""
+    key = _launch_key(item)
+    assert key is not None
     launches = item.config.stash.setdefault(_LAUNCHES, {})
-    if (framework, num_ranks) not in launches:
-        wanted = {"framework": framework, "num_ranks": num_ranks}
-        ids = [
-            other.nodeid
-            for other in item.session.items
-            if other.get_closest_marker("ranks") and getattr(other, "callspec").params.items() >= wanted.items()
-        ]
-        folder = item.config._tmp_path_factory.mktemp(f"{framework}-{num_ranks}")  # type: ignore[attr-defined]
-        launches[framework, num_ranks] = _launch(ids, num_ranks, folder)
-    reports, output = launches[framework, num_ranks]
+    if key not in launches:
+        ids = [other.nodeid for other in item.session.items if _launch_key(other) == key]
+        folder = item.config._tmp_path_factory.mktemp("-".join(map(str, key)))  # type: ignore[attr-defined]
+        launches[key] = _launch(ids, key[1], folder)
+    reports, output = launches[key]
     of_ranks = reports.get(item.nodeid, [])
     problems = [problem for problem in of_ranks if problem]
     if problems:
         pytest.fail("\n".join(problems), pytrace=False)
-    if len(of_ranks) == num_ranks:
+    if len(of_ranks) == key[1]:
         return
     if any(problem for others in reports.values() for problem in others):
         pytest.skip("an earlier test of the same launch failed")
-    pytest.fail(f"reported by {len(of_ranks)} of {num_ranks} ranks; the launch printed:\n{output}", pytrace=False)
+    pytest.fail(f"reported by {len(of_ranks)} of {key[1]} ranks; the launch printed:\n{output}", pytrace=False)
 
 
 _LAUNCHES = pytest.StashKey[dict[tuple[str, int], tuple[Reports, str]]]()
@@ -88,7 +92,7 @@ def _launch(ids: list[str], num_ranks: int, folder: Path) -> tuple[Reports, str]
     # -x: a rank that failed would leave the others alone in the next collective.
     options = ("-x", "-q", "-p", "no:cacheprovider", f"@{folder / 'tests'}")
     try:
-        job = launch.horovodrun(num_ranks, "-m", "pytest", *options, timeout=SECONDS, **{RESULTS: str(folder)})
+        job = launch.horovodrun(num_ranks, "-m", "pytest", *options, timeout=SECONDS, env={RESULTS: str(folder)})
         output = job.stdout
     except AssertionError as error:
         output = str(error)

@@ -1,6 +1,6 @@
 """An elastic job that loses a rank, for tests/test_horovod.py: the survivor goes on from the last commit.
 
-    horovodrun -np 2 --min-np 1 ... python -m tests.elastic_job
+horovodrun -np 2 --min-np 1 ... python -m tests.elastic_job
 """
 
 import os
@@ -17,7 +17,7 @@ def main() -> None:
     hvd.init()
     state = hvd.elastic.TorchState(model=torch.nn.Linear(1, 1), step=0)
 
-    @hvd.elastic.run  # type: ignore[untyped-decorator]
+    @hvd.elastic.run
     def count(state: hvd.elastic.TorchState) -> None:
         while state.step < STEPS:
             if state.step == STEPS // 2 and hvd.size() == 2 and hvd.rank() == 1:

@@ -1,6 +1,6 @@
 """A job whose rank 1 fails between two collectives, for tests/test_recipes.py.
 
-    horovodrun -np 2 python -m tests.failing_job torch|tf raise|kill
+horovodrun -np 2 python -m tests.failing_job torch|tf raise|kill
 """
 
 import importlib

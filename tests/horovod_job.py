@@ -1,6 +1,6 @@
 """What tests/test_horovod.py runs on ranks: collectives in all the ways that the event-driven edits touch.
 
-    horovodrun -np N python -m tests.horovod_job torch|tf PART [PART ...]
+horovodrun -np N python -m tests.horovod_job torch|tf PART [PART ...]
 """
 
 import importlib

@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 
 
-def run(command: Sequence[str | Path], timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
+def run(
+    command: Sequence[object], timeout: float = 120, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Runs a command from the project's root; stdout has stderr in it; fails the test when it takes too long."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HOROVOD_", "OMPI_"))}
-    environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | env
+    environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | dict(env or {})
     with subprocess.Popen(
         list(map(str, command)),
         cwd=ROOT,
@@ -41,16 +43,16 @@ def run(command: Sequence[str | Path], timeout: float = 120, **env: str) -> subp
 
 
 def horovodrun(
-    num_ranks: int, *arguments: str | Path, timeout: float = 120, **env: str
+    num_ranks: int, *arguments: str | Path, timeout: float = 120, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Runs `python <arguments>` on so many ranks of this host."""
     launcher = ["horovodrun", "--gloo", "-np", str(num_ranks)]
-    return run([*launcher, sys.executable, *arguments], timeout, **env)
+    return run([*launcher, sys.executable, *arguments], timeout, env)
 
 
-def train(num_ranks: int, recipe: str, folder: Path, *overrides: str, **env: str) -> list[dict[str, Any]]:
+def train(num_ranks: int, recipe: str, folder: Path, *overrides: str) -> list[dict[str, Any]]:
     """Trains with a recipe into the folder and returns the events of metrics.jsonl."""
     shutil.rmtree(folder, ignore_errors=True)
-    job = horovodrun(num_ranks, "-m", f"recipes.{recipe}", f"run.dir={folder}", *overrides, **env)
+    job = horovodrun(num_ranks, "-m", f"recipes.{recipe}", f"run.dir={folder}", *overrides)
     assert job.returncode == 0, job.stdout
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

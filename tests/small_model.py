@@ -4,10 +4,10 @@ import importlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import numpy as np
-
 from common.config import OptimizerConfig
 from common.topology import Topology
+
+import numpy as np
 
 WEIGHTS = [(5, 3), (3,), (3, 4), (4,)]
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from common.config import OptimizerConfig
 from common.tf import gradients, optimizers, runtime
 from common.topology import Topology
+
+import numpy as np
 
 import keras  # isort: skip
 import tensorflow as tf  # isort: skip

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
 from common.config import OptimizerConfig
 from common.topology import Topology
 from common.torch import optimizers, runtime
 from common.torch.gradients import Gradients, forward_backward
+
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 
 class SmallModel:
@@ -35,7 +35,7 @@ class SmallModel:
 
     def exchanged(self, max_norm: float) -> list[np.ndarray]:
         self.buckets.clip_global_norm(max_norm)
-        return [parameter.grad.numpy(force=True).T for parameter in self.model.parameters()]
+        return [np.array(flat.grad.tolist()).T for flat in self.model.parameters() if flat.grad is not None]
 
     def step(self, learning_rate: float) -> None:
         optimizers.set_learning_rate(self.optimizer, learning_rate)

@@ -2,12 +2,12 @@
 
 from types import ModuleType
 
-import numpy as np
-import pytest
-
 from common.config import AdamWConfig, ConfigError, OptimizerConfig, SGDConfig
 from common.sharding import part
 from tests import small_model
+
+import numpy as np
+import pytest
 
 SGD = SGDConfig("sgd", lr=0.1, momentum=0.9)
 ADAMW = AdamWConfig("adamw", lr=0.1, beta1=0.8, beta2=0.9, epsilon=1e-8, weight_decay=0.0)
@@ -27,9 +27,14 @@ def test_every_rank_gets_the_values_of_all(runtime: ModuleType, num_ranks: int) 
 
 def test_what_one_rank_finds_wrong_all_raise_once(runtime: ModuleType) -> None:
     rank = runtime.init().rank
-    with pytest.raises(ConfigError) as error, runtime.joint_check():
-        if rank > 0:
-            raise ConfigError(["same on all but rank 0", f"rank {min(rank, 2)}"])
+
+    def check() -> None:
+        with runtime.joint_check():
+            if rank > 0:
+                raise ConfigError(["same on all but rank 0", f"rank {min(rank, 2)}"])
+
+    with pytest.raises(ConfigError) as error:
+        check()
     assert error.value.problems[:2] == ["same on all but rank 0", "rank 1"]
     assert len(set(error.value.problems)) == len(error.value.problems)
     with runtime.joint_check():

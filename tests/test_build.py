@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import pytest
-
 from tests.launch import ROOT, run
+
+import pytest
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_an_edit_is_applied_to_the_letter(wheel: ModuleType, edit: Path) -> None
 def test_an_edit_that_no_longer_applies_stops_the_build(wheel: ModuleType, edit: Path, content: str | None) -> None:
     source = edit.parent / "source"
     source.unlink() if content is None else source.write_text(content)
-    with pytest.raises(wheel.BuildError, match="01.patch does not apply"):
+    with pytest.raises(wheel.BuildError, match=r"01\.patch does not apply"):
         wheel.apply_edits(edit.parent, [edit])
 
 
@@ -60,7 +60,11 @@ def test_every_option_has_a_wheel_of_its_own(wheel: ModuleType, change: dict[str
 @pytest.mark.parametrize(
     ("arguments", "env", "message"),
     [
-        (["FRAMEWORKS=jax"], {}, "FRAMEWORKS=jax: not an option of the setup; choose from FRAMEWORKS=torch,tf|torch|tf"),
+        (
+            ["FRAMEWORKS=jax"],
+            {},
+            "FRAMEWORKS=jax: not an option of the setup; choose from FRAMEWORKS=torch,tf|torch|tf",
+        ),
         (["FRAMEWORKS=tf"], {"CXX": "no-such-compiler"}, "lacks a C++ compiler (Debian, Ubuntu: g++"),
     ],
 )
@@ -69,7 +73,7 @@ def test_the_setup_says_what_is_wrong(arguments: list[str], env: dict[str, str],
     setup.parent.mkdir()
     setup.write_text((ROOT / "build" / "setup.py").read_text())
     (tmp_path / "pyproject.toml").touch()
-    result = run([sys.executable, setup, *arguments], **env)
+    result = run([sys.executable, setup, *arguments], env=env)
     assert result.returncode != 0
     assert message in result.stdout
     assert not (tmp_path / ".venv").exists()

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import pytest
-
 from common.composition import CONF, compose
 from common.config import ConfigError
 from common.topology import Topology
 from common.validation import validate
+
+import pytest
 
 GROUPS = {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in CONF.iterdir() if path.is_dir()}
 TWO_RANKS = Topology(0, 2, 0, 2)

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import pytest
-
 from common.config import ConfigError
 from common.datasets import digits, mnist
+
+import numpy as np
+import pytest
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:

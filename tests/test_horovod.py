@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.launch import horovodrun, run
+
+import pytest
 
 TORCH = ("torch", "collectives", "process_sets", "many_in_flight", "join")
 TF = ("tf", "collectives", "process_sets")
@@ -18,7 +18,7 @@ TF = ("tf", "collectives", "process_sets")
 )
 def test_collectives_keep_their_promises(job: tuple[str, ...], event_driven: str, num_ranks: int) -> None:
     env = {"HOROVOD_CYCLE_TIME": "5", "HOROVOD_EVENT_DRIVEN": event_driven, "HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
-    result = horovodrun(num_ranks, "-m", "tests.horovod_job", *job, **env)
+    result = horovodrun(num_ranks, "-m", "tests.horovod_job", *job, env=env)
     assert result.stdout.count("all as promised") == num_ranks, result.stdout
 
 
@@ -26,13 +26,14 @@ def test_collectives_keep_their_promises(job: tuple[str, ...], event_driven: str
 def test_a_collective_starts_when_posted_whatever_the_cycle_time(num_ranks: int) -> None:
     # With the fixed cycle, each of the dependent collectives would wait for most of a minute.
     job = ("torch", "collectives", "many_in_flight", "join")
-    result = horovodrun(num_ranks, "-m", "tests.horovod_job", *job, HOROVOD_CYCLE_TIME="50000")
+    result = horovodrun(num_ranks, "-m", "tests.horovod_job", *job, env={"HOROVOD_CYCLE_TIME": "50000"})
     assert result.stdout.count("all as promised") == num_ranks, result.stdout
 
 
 def test_an_elastic_job_survives_a_killed_rank(tmp_path: Path) -> None:
     hosts = tmp_path / "hosts.sh"
-    hosts.write_text("#!/bin/sh\necho localhost:1\necho 127.0.0.1:1\n")  # two names, as a host that lost a rank is shunned
+    # Two names for this host, as one that lost a rank is used no more.
+    hosts.write_text("#!/bin/sh\necho localhost:1\necho 127.0.0.1:1\n")
     hosts.chmod(0o755)
     # fmt: off
     command = ["horovodrun", "--gloo", "-np", "2", "--min-np", "1", "--max-np", "2", "--network-interfaces", "lo",

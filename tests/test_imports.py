@@ -2,9 +2,9 @@
 
 import sys
 
-import pytest
-
 from tests.launch import ROOT, run
+
+import pytest
 
 FOREIGN = "{'torch', 'tensorflow', 'keras', 'horovod'}"
 NEUTRAL = [path.stem for path in sorted((ROOT / "common").glob("[!_]*.py"))]

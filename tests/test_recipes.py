@@ -7,13 +7,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import pytest
-
 from common.composition import compose
-from common.datasets import digits
+from common.config import MnistMLPConfig
+from common.datasets import digits, mnist
 from common.run import TrainingError
 from tests.launch import horovodrun, run, train
 from tests.test_datasets import write_idx
+
+import pytest
 
 RECIPES = ["mnist_mlp_torch", "mnist_mlp_tf"]
 
@@ -51,6 +52,7 @@ def test_a_run_without_averaging_is_caught(
 
         monkeypatch.setattr(gradients, "sum_over_replicas", lambda grads, topology: grads)
     cfg = compose("mnist_mlp", ["train.max_steps=3", f"run.dir={shared_path / 'run'}"])
+    assert isinstance(cfg, MnistMLPConfig)
     with pytest.raises(TrainingError, match=r"ranks \[1\] hold other weights than rank 0"):
         train_here(cfg)
     monkeypatch.undo()
@@ -80,7 +82,7 @@ def mistakes(tmp_path: Path) -> dict[str, list[str]]:
     """Overrides that cannot be run -> parts of the message."""
     (tmp_path / "finished").mkdir()
     (tmp_path / "finished" / "summary.json").touch()
-    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
+    for name in mnist.FILES:
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(b"\x00" * 100)[:30])
     return {
         "train.epoch=3": ["train.epoch=3: no such key", "did you mean train.epochs?"],
@@ -95,7 +97,8 @@ def mistakes(tmp_path: Path) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "number"), [("mnist_mlp_torch", number) for number in range(8)] + [("mnist_mlp_tf", 0), ("mnist_mlp_tf", 5)]
+    ("recipe", "number"),
+    [("mnist_mlp_torch", number) for number in range(8)] + [("mnist_mlp_tf", 0), ("mnist_mlp_tf", 5)],
 )
 def test_a_mistake_has_one_message_and_status_2_on_every_rank(recipe: str, number: int, tmp_path: Path) -> None:
     overrides, message = list(mistakes(tmp_path).items())[number]

@@ -2,11 +2,11 @@
 
 import math
 
-import pytest
-
 from common import buckets
 from common.config import CosineConfig, LRScheduleConfig
 from common.learning_rate import learning_rate
+
+import pytest
 
 
 def test_cosine_with_warm_up() -> None:

@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-import pytest
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
 from common.composition import compose
 from common.run import Run, TrainingError
 from common.sharding import Plan
 from common.topology import Topology
+
+import pytest
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 
 def record(folder: Path, rank: int = 0, loss: float = 0.5) -> None:
