@@ -6,7 +6,7 @@ ARGS ?=
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup train test lint clean
+.PHONY: help setup train test lint bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -24,6 +24,9 @@ lint: setup ## ruff and mypy
 	ruff check .
 	ruff format --check .
 	mypy
+
+bench: setup ## Horovod's fixed cycle against the event-driven loop (about 10 minutes)
+	python benchmarks/event_driven.py
 
 clean: ## remove .venv and what tools left behind (not the wheel cache, not outputs/)
 	rm -rf .venv .*_cache *.egg-info

@@ -15,7 +15,6 @@ from tests import launch
 
 import pytest
 
-FRAMEWORKS = ("torch", "tf")
 RESULTS = "TEST_RANKS_RESULTS"  # in the environment of a rank: the folder that the ranks of its launch share
 SECONDS = 150  # for one launch; a hang ends here
 
@@ -26,7 +25,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("ranks")
     if marker:
         metafunc.fixturenames += ["framework", "num_ranks"]
-        metafunc.parametrize("framework", FRAMEWORKS)
+        metafunc.parametrize("framework", launch.FRAMEWORKS)
         metafunc.parametrize("num_ranks", marker.args)
 
 

@@ -7,9 +7,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+# Those that are installed; `make setup FRAMEWORKS=torch` leaves the other one out.
+FRAMEWORKS = [name for name, module in (("torch", "torch"), ("tf", "tensorflow")) if find_spec(module)]
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 

@@ -28,6 +28,7 @@ def test_neutral_modules_import_no_framework() -> None:
 def test_a_recipe_trains_without_the_other_framework(recipe: str, other: str, tmp_path: str) -> None:
     statements = f"""
 import sys
+from pathlib import Path
 sys.argv = ["", "run.dir={tmp_path}/run", "train.max_steps=1"]
 from recipes import {recipe}
 {recipe}.main()"""

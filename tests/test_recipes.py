@@ -11,12 +11,12 @@ from common.composition import compose
 from common.config import MnistMLPConfig
 from common.datasets import digits, mnist
 from common.run import TrainingError
-from tests.launch import horovodrun, run, train
+from tests.launch import FRAMEWORKS, horovodrun, run, train
 from tests.test_datasets import write_idx
 
 import pytest
 
-RECIPES = ["mnist_mlp_torch", "mnist_mlp_tf"]
+RECIPES = [f"mnist_mlp_{framework}" for framework in FRAMEWORKS]
 
 
 def losses(events: list[dict[str, Any]]) -> list[float]:
@@ -98,7 +98,7 @@ def mistakes(tmp_path: Path) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize(
     ("recipe", "number"),
-    [("mnist_mlp_torch", number) for number in range(8)] + [("mnist_mlp_tf", 0), ("mnist_mlp_tf", 5)],
+    [(RECIPES[0], number) for number in range(8)] + [(RECIPES[-1], 0), (RECIPES[-1], 5)],  # neutral code but for two
 )
 def test_a_mistake_has_one_message_and_status_2_on_every_rank(recipe: str, number: int, tmp_path: Path) -> None:
     overrides, message = list(mistakes(tmp_path).items())[number]
@@ -115,7 +115,7 @@ def test_a_mistake_has_one_message_and_status_2_on_every_rank(recipe: str, numbe
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("framework", ["torch", "tf"])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize(("how", "status"), [("raise", 1), ("kill", 137)])
 def test_a_rank_that_fails_ends_the_job_with_its_status(framework: str, how: str, status: int) -> None:
     result = horovodrun(2, "-m", "tests.failing_job", framework, how, timeout=40)
