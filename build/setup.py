@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -70,9 +71,10 @@ def main() -> None:
     """Command line entry."""
     finished = json.loads(FINISHED.read_text()) if FINISHED.exists() else {}
     options = read_options(sys.argv[1:], finished.get("options", {}))
-    files = [ROOT / "pyproject.toml", *(path for path in (ROOT / "build").rglob("*") if path.is_file())]
+    files = [path for path in (ROOT / "build").rglob("*") if path.is_file()]
     state = {
         "options": options,
+        "project": tomllib.loads((ROOT / "pyproject.toml").read_text())["project"],
         "files": {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)},
     }
     if finished == state:
@@ -92,7 +94,7 @@ def main() -> None:
     wheel = run(PYTHON, "build/horovod/wheel.py", *["--mpi"] * mpi, *["--cuda"] * cuda).strip()
     pip_install("--no-deps", wheel)
     for framework in options["FRAMEWORKS"].split(","):
-        run(PYTHON, "-c", f"import horovod.{framework.replace('tf', 'tensorflow')}")
+        run(PYTHON, "-c", f"import common.{framework}.runtime")
     FINISHED.write_text(json.dumps(state, indent=2))
     print("Set up. Next: make train, or make help", flush=True)
 

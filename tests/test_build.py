@@ -72,7 +72,7 @@ def test_the_setup_says_what_is_wrong(arguments: list[str], env: dict[str, str],
     setup = tmp_path / "build" / "setup.py"  # in a tree of its own, as it works on the .venv beside it
     setup.parent.mkdir()
     setup.write_text((ROOT / "build" / "setup.py").read_text())
-    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "pyproject.toml").write_text("[project]\n")
     result = run([sys.executable, setup, *arguments], env=env)
     assert result.returncode != 0
     assert message in result.stdout
