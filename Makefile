@@ -3,8 +3,7 @@ PYTHON ?= python3.11
 NP ?= 2
 RECIPE ?= mnist_mlp_torch
 ARGS ?=
-BIN := .venv/bin
-export PATH := $(CURDIR)/$(BIN):$(PATH)
+IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 .PHONY: help setup train test lint bench clean
 
@@ -15,18 +14,18 @@ setup: ## make .venv and build Horovod into it (idempotent; options: FRAMEWORKS,
 	@$(PYTHON) build/setup.py $(foreach option,FRAMEWORKS ACCELERATOR WITH_MPI,$(if $($(option)),$(option)=$($(option))))
 
 train: setup ## set up and train: make train NP=2 RECIPE=mnist_mlp_torch ARGS="train.epochs=5"
-	horovodrun -np $(NP) python -m recipes.$(RECIPE) $(ARGS)
+	$(IN_VENV) horovodrun -np $(NP) python -m recipes.$(RECIPE) $(ARGS)
 
 test: setup ## set up and run all tests
-	python -m pytest
+	$(IN_VENV) python -m pytest
 
 lint: setup ## ruff and mypy
-	ruff check .
-	ruff format --check .
-	mypy
+	$(IN_VENV) ruff check .
+	$(IN_VENV) ruff format --check .
+	$(IN_VENV) mypy
 
 bench: setup ## Horovod's fixed cycle against the event-driven loop (about 10 minutes)
-	python benchmarks/event_driven.py
+	$(IN_VENV) python benchmarks/event_driven.py
 
 clean: ## remove .venv and what tools left behind (not the wheel cache, not outputs/)
 	rm -rf .venv .*_cache *.egg-info

@@ -15,13 +15,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tomllib
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
-FINISHED = VENV / "setup.json"
+STATE = VENV / "setup.json"
+FILES = ("setup.py", "constraints.txt", "horovod/sdist.txt", "horovod/*.py", "horovod/edits/*.patch")
 CHOICES = {
     "FRAMEWORKS": ("torch,tf", "torch", "tf"),
     "ACCELERATOR": ("cpu", "cuda"),
@@ -41,11 +42,32 @@ def read_options(arguments: list[str], last: dict[str, str]) -> dict[str, str]:
     return options
 
 
+def wanted_state(options: dict[str, str]) -> dict[str, object]:
+    """Everything that decides what .venv holds."""
+    import tomllib  # new in Python 3.11, and this file speaks to older ones, too
+
+    files = sorted(path for pattern in FILES for path in (ROOT / "build").glob(pattern))
+    return {
+        "options": options,
+        "python": sys.version,
+        "root": str(ROOT),
+        "project": tomllib.loads((ROOT / "pyproject.toml").read_text())["project"],
+        "files": {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+    }
+
+
+def last_state() -> dict[str, Any]:
+    """What .venv was made for, or was being made for when the setup was interrupted."""
+    try:
+        state: dict[str, Any] = json.loads(STATE.read_text())
+    except (OSError, ValueError):
+        return {}
+    return state
+
+
 def check_machine() -> None:
     """Leaves with a message when something that pip cannot install is missing."""
     missing = []
-    if sys.version_info[:2] != (3, 11):
-        sys.exit(f"The setup needs Python 3.11, not {sys.version.split()[0]}: make setup PYTHON=/path/to/python3.11")
     if not shutil.which(os.environ.get("CXX", "c++")):
         missing.append("a C++ compiler (Debian, Ubuntu: g++; Fedora, RHEL: gcc-c++; or set CXX)")
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
@@ -69,33 +91,33 @@ def pip_install(*arguments: str) -> None:
 
 def main() -> None:
     """Command line entry."""
-    finished = json.loads(FINISHED.read_text()) if FINISHED.exists() else {}
-    options = read_options(sys.argv[1:], finished.get("options", {}))
-    files = [path for path in (ROOT / "build").rglob("*") if path.is_file()]
-    state = {
-        "options": options,
-        "project": tomllib.loads((ROOT / "pyproject.toml").read_text())["project"],
-        "files": {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)},
-    }
-    if finished == state:
+    if sys.version_info[:2] != (3, 11):
+        sys.exit(f"The setup needs Python 3.11, not {sys.version.split()[0]}: make setup PYTHON=/path/to/python3.11")
+    last = last_state()
+    options = read_options(sys.argv[1:], last.get("options", {}))
+    state = wanted_state(options)
+    if last == state:
         return
-
     check_machine()
-    cuda, mpi = options["ACCELERATOR"] == "cuda", options["WITH_MPI"] == "1"
-    extras = ["build", "dev", *options["FRAMEWORKS"].split(",")] + ["mpi"] * mpi
-    if cuda:
-        extras = [extra.replace("tf", "tf-cuda") for extra in extras]
-    FINISHED.unlink(missing_ok=True)
     print(f"Setting up .venv ({' '.join(f'{name}={value}' for name, value in options.items())})", flush=True)
-    # From scratch, so that neither an interrupted setup nor the packages of other options leave anything behind.
-    run(sys.executable, "-m", "venv", "--clear", VENV)
+    # From scratch, so that neither an interrupted setup nor the packages of other options leave anything behind. The
+    # interpreter is the one behind all links, as the one that runs this may be in .venv.
+    python = Path(sys.executable).resolve()
+    shutil.rmtree(VENV, ignore_errors=True)
+    run(python, "-m", "venv", VENV)
+    STATE.write_text(json.dumps({"options": options}))
+    cuda, mpi = options["ACCELERATOR"] == "cuda", options["WITH_MPI"] == "1"
+    frameworks = options["FRAMEWORKS"].split(",")
+    extras = ["build", "dev", *(f"{name}-cuda" if cuda and name == "tf" else name for name in frameworks)]
     pip_install("setuptools", "wheel")
-    pip_install("--no-build-isolation", "--editable", f".[{','.join(extras)}]")
+    pip_install("--no-build-isolation", "--editable", f".[{','.join([*extras, *['mpi'] * mpi])}]")
     wheel = run(PYTHON, "build/horovod/wheel.py", *["--mpi"] * mpi, *["--cuda"] * cuda).strip()
     pip_install("--no-deps", wheel)
-    for framework in options["FRAMEWORKS"].split(","):
+    for framework in frameworks:
         run(PYTHON, "-c", f"import common.{framework}.runtime")
-    FINISHED.write_text(json.dumps(state, indent=2))
+    unfinished = STATE.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(state, indent=2))
+    unfinished.replace(STATE)
     print("Set up. Next: make train, or make help", flush=True)
 
 

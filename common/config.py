@@ -115,8 +115,13 @@ class CosineConfig(LRScheduleConfig):
 class Dtype(Enum):
     """A floating-point type; its name is that of numpy, torch and TensorFlow alike."""
 
-    float32 = 32
-    float64 = 64
+    float32 = 4
+    float64 = 8
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of one value."""
+        return int(self.value)
 
 
 @dataclass

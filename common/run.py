@@ -3,6 +3,7 @@
 Rank 0 writes all of it, below one folder; on the other ranks the same calls write nothing.
 """
 
+import itertools
 import json
 import math
 import statistics
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.buckets import allreduce_bytes
-from common.config import RunConfig, to_yaml
+from common.config import Dtype, RunConfig, to_yaml
 from common.sharding import Plan, Step
 from common.tensorboard import ScalarWriter
 from common.topology import Topology
@@ -26,8 +27,12 @@ class TrainingError(Exception):
 
 
 def new_folder(cfg: RunConfig, recipe: str) -> str:
-    """The run's folder: the user's choice, or outputs/<recipe>/<date-time>."""
-    return cfg.run.dir or str(Path("outputs", recipe, time.strftime("%Y-%m-%d_%H-%M-%S")))
+    """The run's folder: the user's choice, or outputs/<recipe>/<date-time>, one that does not exist yet."""
+    if cfg.run.dir is not None:
+        return cfg.run.dir
+    base = Path("outputs", recipe, time.strftime("%Y-%m-%d_%H-%M-%S"))
+    names = itertools.chain([base], (base.with_name(f"{base.name}_{number}") for number in itertools.count(2)))
+    return str(next(folder for folder in names if not folder.exists()))
 
 
 class Run:
@@ -89,26 +94,26 @@ class Run:
             self._tensorboard.write(step.number, values)
             self._progress.show(step, self._last)
 
-    def finish(self, gradient_bytes: int, weights_sha256: str) -> dict[str, Any]:
+    def finish(self, num_gradients: int, weights_sha256: str) -> dict[str, Any]:
         """Writes summary.json, which makes the run a finished one, and returns what it says.
 
         Args:
-            gradient_bytes: size of what is exchanged in a step.
+            num_gradients: number of values that are exchanged in a step.
             weights_sha256: of the final weights, which all ranks hold.
         """
-        wire_bytes = allreduce_bytes(gradient_bytes, self._topology.num_replicas)
+        num_replicas = self._topology.num_replicas
         summary = {
             **self._identity,
             "world_size": self._topology.world_size,
             "num_stages": 1,
-            "num_replicas": self._topology.num_replicas,
+            "num_replicas": num_replicas,
             "steps": self._steps,
             "examples": self._examples,
             "wall_seconds": self._wall_seconds(),
             "examples_per_second": self._examples / sum(self._step_seconds),
             "step_seconds_median": statistics.median(self._step_seconds),
-            "wire_bytes_per_step": wire_bytes,
-            "dense_bytes_per_step": wire_bytes,
+            "wire_bytes_per_step": allreduce_bytes(num_gradients, self._cfg.precision.dtype, num_replicas),
+            "dense_bytes_per_step": allreduce_bytes(num_gradients, Dtype.float32, num_replicas),
             "weights_sha256": weights_sha256,
             **self._last,
             "completed": True,

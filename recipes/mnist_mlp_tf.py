@@ -112,8 +112,7 @@ def train(cfg: MnistMLPConfig) -> dict[str, Any]:
                 (train_loss,) = runtime.sum_over_ranks(loss)
                 run.log(step, lr=lr, train_loss=train_loss)
         run.log(step, **evaluate(model, test_split, topology, cfg))
-    gradient_bytes = gradients.num_bytes(model.trainable_variables)
-    return run.finish(gradient_bytes, runtime.check_in_sync(model))
+    return run.finish(gradients.num_values(model.trainable_variables), runtime.check_in_sync(model))
 
 
 def main() -> None:

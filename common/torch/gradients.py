@@ -45,9 +45,9 @@ class Gradients:
             self._members.append(len(members))
 
     @property
-    def num_bytes(self) -> int:
-        """Size of all gradients."""
-        return sum(flat.numel() * flat.element_size() for flat in self._buckets)
+    def num_values(self) -> int:
+        """Number of values in all gradients."""
+        return sum(flat.numel() for flat in self._buckets)
 
     def zero(self) -> None:
         """Starts a step."""

@@ -1,28 +1,33 @@
-"""A job whose rank 1 fails between two collectives, for tests/test_recipes.py.
+"""A job whose rank 1 fails between two collectives, or is late for one, for tests/test_recipes.py.
 
-horovodrun -np 2 python -m tests.failing_job torch|tf raise|kill
+horovodrun -np 2 python -m tests.troubled_job torch|tf raise|kill|late
 """
 
 import importlib
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 from common import command_line
 
-framework, how = sys.argv[1:]
+framework, trouble = sys.argv[1:]
 runtime = importlib.import_module(f"common.{framework}.runtime")
 
 
 def train(_: Any) -> None:
     """Works until something happens."""
-    rank = runtime.init().rank
+    troubled = runtime.init().rank == 1
+    if trouble == "late":
+        with runtime.joint_check():
+            time.sleep(5 * troubled)
+        return
     for step in range(10**6):
         runtime.sum_over_ranks(step)
-        if step == 10 and rank == 1 and how == "raise":
+        if step == 10 and troubled and trouble == "raise":
             raise ValueError("on purpose")
-        if step == 10 and rank == 1:
+        if step == 10 and troubled:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
