@@ -123,7 +123,7 @@ def compile_wheel(source: Path, folder: Path, variables: dict[str, str]) -> Path
 
 
 def keep(wheel: Path, key: str, kept: Path) -> None:
-    """Moves the wheel and its key into the folder `kept`, all or nothing: an interrupted build leaves no such folder."""
+    """Puts the wheel and its key into the folder `kept`, all or nothing, as a build can be interrupted."""
     with tempfile.TemporaryDirectory(dir=kept.parent, ignore_cleanup_errors=True) as finished:
         shutil.copy(wheel, finished)
         (Path(finished) / "key.json").write_text(key + "\n")
