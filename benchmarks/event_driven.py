@@ -94,9 +94,11 @@ def main() -> None:
     for _ in range(rounds):
         for num_ranks, measure in ((2, latency), (4, latency), (2, step)):
             for mode in MODES:
+                print(f"{num_ranks} ranks, {measure.__name__}, {mode}", file=sys.stderr, flush=True)
                 for name, milliseconds in measure(mode, num_ranks).items():
                     values[f"{num_ranks} ranks, {name}"][mode].append(milliseconds)
     table = {name: {mode: statistics.median(row[mode]) for mode in MODES} for name, row in values.items()}
+    RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({"milliseconds": table, "rounds": rounds}, indent=2) + "\n")
     print("|", " | ".join(["ms, medians", *MODES]), "|")
     print("|", " | ".join(["---"] * (len(MODES) + 1)), "|")

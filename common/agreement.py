@@ -12,6 +12,8 @@ from common.run import TrainingError
 def joint_check(gather: Callable[[Any], list[Any]]) -> Iterator[None]:
     """Every rank leaves this block without an error, or every rank leaves it with the ConfigErrors of all.
 
+    A file or folder that cannot be used counts as one.
+
     Args:
         gather: gives each rank's value to all ranks, in the order of ranks.
 
@@ -23,6 +25,8 @@ def joint_check(gather: Callable[[Any], list[Any]]) -> Iterator[None]:
         yield
     except ConfigError as error:
         problems = error.problems
+    except OSError as error:
+        problems = [f"{error.filename}: {error.strerror}; choose a path that can be used (run.dir, data.root)"]
     everyones = [problem for of_rank in gather(problems) for problem in of_rank]
     if everyones:
         raise ConfigError(list(dict.fromkeys(everyones))) from None
@@ -39,3 +43,9 @@ def same_everywhere(digest: str, gather: Callable[[Any], list[Any]]) -> str:
     if differing:
         raise TrainingError(f"ranks {differing} hold other weights than rank 0: gradients were not exchanged alike")
     return digest
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether the error of a collective says that another rank has left, not that ranks asked for unlike things."""
+    signs = ("Horovod has been shut down", "Connection closed", "Connection reset", "Broken pipe", "Timed out")
+    return any(sign in str(error) for sign in signs)

@@ -1,25 +1,30 @@
 """The command line of a recipe: key=value overrides in, exit status out."""
 
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
-from common.composition import compose
-from common.config import ConfigError, to_yaml
+from common.composition import compose, group_options
+from common.config import ConfigError, RunConfig, to_yaml
 from common.run import TrainingError
 from common.topology import Topology
 
 SECONDS_TO_GIVE_WAY = 5
 HELP = """\
-usage: horovodrun -np N python -m {module} [key=value ...]
+usage: horovodrun -np N python -m recipes.{name} [key=value ...]
 
 {doc}
-Keys and their defaults (conf/ has the options of each group):
+Options: {options}
 
-{defaults}"""
+Keys and their values with these options:
+
+{values}"""
 
 
 class Runtime(Protocol):
@@ -34,6 +39,9 @@ class Runtime(Protocol):
     def from_rank_zero(self, value: Any) -> Any:
         """Rank 0's value on all ranks, and so a point where all wait for rank 0."""
 
+    def shutdown(self) -> None:
+        """Ends Horovod on all ranks."""
+
     def is_lost_rank(self, error: BaseException) -> bool:
         """Whether the error says that another rank has left."""
 
@@ -43,30 +51,27 @@ def run(train: Callable[[Any], Any], task: str, runtime: Runtime, arguments: Seq
 
     Status 2: the configuration cannot be run; rank 0 says why. Status 1: training failed.
     """
-    overrides = sys.argv[1:] if arguments is None else list(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    overrides = [word for word in words if word not in ("-h", "--help")]
     topology = runtime.init()
-    if {"-h", "--help"} & set(overrides):
-        if topology.rank == 0:
-            module = sys.modules[train.__module__]
-            name = f"recipes.{task}" if module.__spec__ is None else module.__spec__.name
-            print(HELP.format(module=name, doc=module.__doc__, defaults=to_yaml(compose(task, []))))
-        return
     try:
         with runtime.joint_check():
             cfg = compose(task, overrides)
+        if len(overrides) < len(words):
+            if topology.rank == 0:
+                print(_help(sys.modules[train.__module__], cfg))
+            return
         train(cfg)
-    except ConfigError as error:
+    except (ConfigError, TrainingError) as error:  # raised by all ranks together
         if topology.rank == 0:
             print(error, file=sys.stderr, flush=True)
-        # Every rank leaves with its own status: not before rank 0 has spoken, and not by the SIGTERM that the launcher
-        # sends as soon as the first one is gone.
+        # All leave at once, when rank 0 has spoken and without Python's own tidying up: the launcher ends whoever is
+        # still there a moment after the first one, and that one would leave with another status.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         runtime.from_rank_zero(None)
-        sys.exit(2)
-    except TrainingError as error:  # raised by all ranks at the same step
-        if topology.rank == 0:
-            print(error, file=sys.stderr, flush=True)
-        sys.exit(1)
+        runtime.shutdown()
+        sys.stdout.flush()
+        os._exit(2 if isinstance(error, ConfigError) else 1)
     except Exception as error:
         if not runtime.is_lost_rank(error):
             raise
@@ -74,3 +79,9 @@ def run(train: Callable[[Any], Any], task: str, runtime: Runtime, arguments: Seq
         # The job's status is that of the first rank to leave: this one gives way to the one that failed.
         time.sleep(SECONDS_TO_GIVE_WAY)
         sys.exit(1)
+
+
+def _help(recipe: ModuleType, cfg: RunConfig) -> str:
+    """What the recipe is, the options of each group, and all keys with the values of the configuration."""
+    options = "  ".join(f"{group}={'|'.join(names)}" for group, names in group_options().items())
+    return HELP.format(name=Path(str(recipe.__file__)).stem, doc=recipe.__doc__, options=options, values=to_yaml(cfg))

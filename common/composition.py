@@ -13,10 +13,11 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONF = Path(__file__).parent.parent / "conf"
+LABELS = (".name", ".dtype")  # keys that come with an option and would lie if they were set alone
 
 _SCHEMAS: dict[str, dict[str, type]] = {
     "": {"mnist_mlp_schema": config.MnistMLPConfig},
@@ -29,6 +30,12 @@ _SCHEMAS: dict[str, dict[str, type]] = {
 }
 
 
+def group_options() -> dict[str, list[str]]:
+    """The groups of conf/ and the options of each."""
+    groups = sorted(path for path in CONF.iterdir() if path.is_dir())
+    return {group.name: sorted(path.stem for path in group.glob("*.yaml")) for group in groups}
+
+
 def compose(task: str, overrides: Sequence[str]) -> RunConfig:
     """The configuration of a task: conf/<task>.yaml and what it names, changed by the overrides (key=value).
 
@@ -37,14 +44,14 @@ def compose(task: str, overrides: Sequence[str]) -> RunConfig:
     """
     _register_schemas()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        problems = list(_refused(overrides))
-        if not problems:
-            try:
-                cfg = OmegaConf.to_object(hydra_compose(task, list(overrides)))
-            except (HydraException, OmegaConfBaseException) as error:
-                problems = list(_explain(task, overrides)) or [str(error)]
+        problems = {override: problem for override in overrides if (problem := _refused(override))}
+        sound = [override for override in overrides if override not in problems]
+        try:
+            cfg = OmegaConf.to_object(hydra_compose(task, sound))
+        except (HydraException, OmegaConfBaseException) as error:
+            problems |= _inapplicable(task, sound) or {" ".join(sound): str(error)}
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError([f"{override}: {problem}" for override, problem in problems.items()])
     if not isinstance(cfg, RunConfig):
         raise TypeError(f"conf/{task}.yaml does not start from a schema")
     return cfg
@@ -57,53 +64,54 @@ def _register_schemas() -> None:
             ConfigStore.instance().store(name=name, node=node, group=group or None)
 
 
-def _refused(overrides: Sequence[str]) -> Iterator[str]:
-    """One message per override that Hydra may take but the recipes do not."""
-    for override in overrides:
-        key = override.partition("=")[0]
-        if key.startswith(("+", "~")):
-            yield f"{override}: keys cannot be added or removed; write key=value for a key that exists"
-        elif key.endswith(".name"):
-            yield f"{override}: a name cannot be set alone; choose the option with {override.replace('.name=', '=')}"
+def _refused(override: str) -> str | None:
+    """Why an override is not even tried: its form, an option that its group lacks, or what only Hydra would take."""
+    key, equals, value = override.partition("=")
+    options = group_options().get(key)
+    if key.startswith(("+", "~")):
+        return "keys cannot be added or removed; write key=value for a key that exists"
+    if key.partition("/")[0].partition(".")[0] == "hydra":
+        return "Hydra's own settings have no effect here; the folder of a run is set with run.dir"
+    if key.endswith(LABELS):
+        return f"is set by choosing an option; write {key.partition('.')[0]}={value}"
+    if options is not None and value not in options:
+        return f"no such option; choose {key}={'|'.join(options)}"
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        equals = ""
+    return None if equals else "not of the form key=value; quote a value with special characters: 'key=\"value\"'"
 
 
-def _explain(task: str, overrides: Sequence[str]) -> Iterator[str]:
-    """One message per override that cannot be applied; the options of groups count before the keys in them."""
-    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
-    chosen: list[str] = []
-    others: list[str] = []
+def _inapplicable(task: str, overrides: Sequence[str]) -> dict[str, str]:
+    """What is wrong with each override that cannot be applied; the chosen options count before the keys in them."""
+    chosen = [override for override in overrides if override.partition("=")[0] in group_options()]
+    defaults = dict(_leaves(OmegaConf.to_container(hydra_compose(task, chosen), enum_to_str=True)))
+    problems = {}
     for override in overrides:
-        key, _, value = override.partition("=")
-        try:
-            OverridesParser.create().parse_override(override)
-        except HydraException:
-            yield f"{override}: not of the form key=value; quote a value with special characters: 'key=\"value\"'"
-            continue
-        options = sorted(path.stem for path in (CONF / key).glob("*.yaml")) if key in groups else []
-        if value in options:
-            chosen.append(override)
-        elif options:
-            yield f"{override}: no such option; choose {key}={'|'.join(options)}"
-        else:
-            others.append(override)
-    base = hydra_compose(task, chosen)
-    for override in others:
         try:
             OmegaConf.to_object(hydra_compose(task, [*chosen, override]))
         except (HydraException, OmegaConfBaseException) as error:
-            yield f"{override}: {_cause(override.partition('=')[0], base, error)}"
+            problems[override] = _cause(override.partition("=")[0], defaults, error)
+    return problems
 
 
-def _cause(key: str, cfg: DictConfig, error: Exception) -> str:
+def _cause(key: str, defaults: dict[str, Any], error: Exception) -> str:
     """Why the override of the key failed, and what would do."""
-    defaults = dict(_leaves(OmegaConf.to_container(cfg, enum_to_str=True)))
-    if key not in defaults:
-        near = difflib.get_close_matches(key, defaults, n=1)
-        group = key.rpartition(".")[0] or key
-        valid = [name for name in defaults if name.startswith(f"{group}.")] or sorted(defaults)
-        return f"no such key; {f'did you mean {near[0]}? ' if near else ''}valid keys: {', '.join(valid)}"
-    reason = str(error.__cause__ or error).splitlines()[0]
-    return f"wrong type: {reason}; the default is {key}={defaults[key]}"
+    if key in defaults:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        default = "null" if defaults[key] is None else defaults[key]
+        return f"wrong type: {reason}; the default is {key}={default}"
+    group, _, name = key.partition(".")
+    having = [
+        option for option in group_options().get(group, ()) if name in OmegaConf.load(CONF / group / f"{option}.yaml")
+    ]
+    if having:
+        return f"no such key here; it goes with {' or '.join(f'{group}={option}' for option in having)}"
+    keys = [known for known in defaults if not known.endswith(LABELS)]
+    near = difflib.get_close_matches(key, keys, n=1)
+    valid = [known for known in keys if known.startswith(f"{group}.")] or sorted(keys)
+    return f"no such key; {f'did you mean {near[0]}? ' if near else ''}valid keys: {', '.join(valid)}"
 
 
 def _leaves(container: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

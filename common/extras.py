@@ -1,6 +1,8 @@
 """Says which extra is missing when a framework is not installed."""
 
+import os
 import sys
+import time
 from importlib.util import find_spec
 
 
@@ -8,10 +10,13 @@ def require(extra: str, *modules: str) -> None:
     """Leaves with status 2 and one message when a module of the extra is not installed."""
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
-        print(
-            f"{', '.join(missing)}: not installed; it comes with the extra '{extra}': "
-            f"make setup FRAMEWORKS={extra} (or FRAMEWORKS=torch,tf for both)",
-            file=sys.stderr,
-            flush=True,
-        )
+        if os.environ.get("HOROVOD_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == "0":
+            print(
+                f"{', '.join(missing)}: not installed; it comes with the extra '{extra}': "
+                f"make setup FRAMEWORKS={extra} (or FRAMEWORKS=torch,tf for both)",
+                file=sys.stderr,
+                flush=True,
+            )
+        else:
+            time.sleep(1)  # rank 0 speaks before the launcher ends it
         sys.exit(2)

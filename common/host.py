@@ -10,7 +10,7 @@ CYCLE_TIME_NOT_EVENT_DRIVEN = "5"
 
 def set_cycle_time() -> None:
     """Gives HOROVOD_CYCLE_TIME a default that suits a CPU; to be called before Horovod starts."""
-    event_driven = os.environ.get("HOROVOD_EVENT_DRIVEN", "1") != "0"
+    event_driven = os.environ.get("HOROVOD_EVENT_DRIVEN", "1") == "1"  # Horovod takes other words for 0
     os.environ.setdefault("HOROVOD_CYCLE_TIME", CYCLE_TIME if event_driven else CYCLE_TIME_NOT_EVENT_DRIVEN)
 
 

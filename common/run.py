@@ -3,9 +3,10 @@
 Rank 0 writes all of it, below one folder; on the other ranks the same calls write nothing.
 """
 
-import itertools
+import datetime
 import json
 import math
+import shutil
 import statistics
 import sys
 import time
@@ -27,12 +28,9 @@ class TrainingError(Exception):
 
 
 def new_folder(cfg: RunConfig, recipe: str) -> str:
-    """The run's folder: the user's choice, or outputs/<recipe>/<date-time>, one that does not exist yet."""
-    if cfg.run.dir is not None:
-        return cfg.run.dir
-    base = Path("outputs", recipe, time.strftime("%Y-%m-%d_%H-%M-%S"))
-    names = itertools.chain([base], (base.with_name(f"{base.name}_{number}") for number in itertools.count(2)))
-    return str(next(folder for folder in names if not folder.exists()))
+    """The run's folder: the user's choice, or outputs/<recipe>/<date-time>, to the millisecond."""
+    now = datetime.datetime.now().isoformat(sep="_", timespec="milliseconds").replace(":", "-")
+    return cfg.run.dir or str(Path("outputs", recipe, now))
 
 
 class Run:
@@ -57,6 +55,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(to_yaml(cfg))
             (self.folder / "metrics.jsonl").write_text("")
+            shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)  # of a run that was not finished
             self._tensorboard = ScalarWriter(self.folder / "tensorboard")
             self._progress = _Progress(plan)
             self._progress.say(

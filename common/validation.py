@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common.config import ConfigError, RunConfig
+from common.config import ConfigError, DataConfig, MnistConfig, RunConfig
 from common.topology import Topology
 
 _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], float, str]] = {
@@ -41,6 +41,7 @@ def validate(cfg: RunConfig, topology: Topology) -> None:
     problems = [
         *_out_of_bounds(cfg),
         *_batch_problems(cfg, topology),
+        *_data_problems(cfg.data),
         *(_run_folder_problems(cfg) if topology.rank == 0 else ()),
     ]
     if problems:
@@ -85,8 +86,16 @@ def _batch_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
         )
 
 
+def _data_problems(cfg: DataConfig) -> Iterator[str]:
+    if isinstance(cfg, MnistConfig) and cfg.root is not None and not Path(cfg.root).is_dir():
+        yield f"data.root={cfg.root}: there is no such folder; name one that exists, or use data=digits"
+
+
 def _run_folder_problems(cfg: RunConfig) -> Iterator[str]:
     if cfg.run.dir is None:
+        return
+    if not cfg.run.dir:
+        yield "run.dir=: must name a folder, or be left out for outputs/<recipe>/<date-time>"
         return
     folder = Path(cfg.run.dir)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())

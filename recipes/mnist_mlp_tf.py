@@ -26,7 +26,7 @@ RECIPE = "mnist_mlp_tf"
 EVALUATION_BATCH = 1024
 
 
-def sum_of_losses(targets: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+def sum_of_losses(logits: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
     """Cross-entropy, summed over the examples."""
     return tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits))
 
@@ -76,7 +76,7 @@ def evaluate(model: keras.Model, split: datasets.Split, topology: Topology, cfg:
     for part in sharding.evaluation_batches(len(split), EVALUATION_BATCH, topology):
         inputs, targets = runtime.to_tensors(split.take(part), cfg.precision)
         logits = model(inputs, training=False)
-        loss += float(sum_of_losses(targets, logits))
+        loss += float(sum_of_losses(logits, targets))
         correct += float(tf.reduce_sum(tf.cast(tf.argmax(logits, axis=-1) == targets, tf.int32)))
         count += len(targets)
     loss, correct, count = runtime.sum_over_ranks(loss, correct, count)

@@ -107,4 +107,4 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if RESULTS in os.environ and (report.when == "call" or report.failed):
         rank = os.environ.get("HOROVOD_RANK") or os.environ["OMPI_COMM_WORLD_RANK"]
         with (Path(os.environ[RESULTS]) / f"rank{rank}.jsonl").open("a") as file:
-            file.write(json.dumps({report.nodeid: "" if report.passed else report.longreprtext or "skipped"}) + "\n")
+            file.write(json.dumps({report.nodeid: report.longreprtext if report.failed else ""}) + "\n")

@@ -21,6 +21,8 @@ def collectives(hvd: Any, tensor: Any) -> None:
         time.sleep(0.05 * (rank == late))
         total = hvd.allreduce(tensor([rank, 1.0]), op=hvd.Sum, name="sum")
         assert total.numpy().tolist() == [size * (size - 1) / 2, size]
+        pair = hvd.grouped_allreduce([tensor([1.0]), tensor([[2.0]])], op=hvd.Sum, name="group")
+        assert [part.numpy().item() for part in pair] == [size, 2 * size]
         gathered = hvd.allgather(tensor([float(rank)] * (rank + 1)), name="ragged")
         assert gathered.numpy().tolist() == [float(other) for other in range(size) for _ in range(other + 1)]
         assert hvd.broadcast(tensor([float(rank)]), late, name=f"from {late}").numpy().tolist() == [late]
@@ -43,6 +45,13 @@ def process_sets(hvd: Any, tensor: Any) -> None:
         if pair.included():
             assert hvd.allreduce(tensor([1.0]), op=hvd.Sum, name="pair", process_set=pair).numpy().tolist() == [2]
         assert hvd.remove_process_set(pair)
+
+
+def broadcast_in_place(hvd: Any, tensor: Any) -> None:
+    """TensorFlow's operation that changes variables where they are."""
+    variables = [importlib.import_module("tensorflow").Variable([float(hvd.rank() + number)]) for number in range(3)]
+    hvd.broadcast_variables(variables, root_rank=1)
+    assert [variable.numpy().tolist() for variable in variables] == [[1.0], [2.0], [3.0]]
 
 
 def many_in_flight(hvd: Any, tensor: Any) -> None:

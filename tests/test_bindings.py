@@ -1,5 +1,6 @@
 """Both bindings against numpy, on real ranks."""
 
+from collections.abc import Callable
 from types import ModuleType
 
 from common.config import AdamWConfig, ConfigError, OptimizerConfig, SGDConfig
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 SGD = SGDConfig("sgd", lr=0.1, momentum=0.9)
-ADAMW = AdamWConfig("adamw", lr=0.1, beta1=0.8, beta2=0.9, epsilon=1e-8, weight_decay=0.0)
+ADAMW = AdamWConfig("adamw", lr=0.1, beta1=0.8, beta2=0.9, epsilon=0.1, weight_decay=0.0)
 ONE_BUCKET, MANY_BUCKETS = 10**6, 40
 
 pytestmark = pytest.mark.ranks(2, 4)
@@ -56,6 +57,32 @@ def test_gradients_are_the_mean_over_the_global_batch(
     assert runtime.sum_over_ranks(share) == pytest.approx([loss])
     for gradient, reference in zip(model.exchanged(max_norm=0), expected, strict=True):
         np.testing.assert_allclose(gradient, reference, rtol=1e-12, atol=1e-14)
+
+
+def recorded(name: str, method: Callable[..., None], events: list[str]) -> Callable[..., None]:
+    """The method, which notes its calls and their arguments."""
+
+    def record(self: object, *arguments: int) -> None:
+        events.append(" ".join([name, *map(str, arguments)]))
+        method(self, *arguments)
+
+    return record
+
+
+def test_buckets_leave_while_backward_runs(
+    framework: str, runtime: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if framework == "tf":
+        pytest.skip("TensorFlow's executor orders operations by their data alone")
+    from common.torch.gradients import Gradients
+
+    topology = runtime.init()
+    events: list[str] = []
+    for name in ("_send", "wait"):
+        monkeypatch.setattr(Gradients, name, recorded(name, getattr(Gradients, name), events))
+    model = small_model.build(framework, small_model.initial_weights(0), SGD, topology)
+    model.gradients(np.ones((2, 5)), 2 * topology.world_size, 2, MANY_BUCKETS)
+    assert events == ["_send 0", "_send 1", "_send 2", "_send 3", "wait"]
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])

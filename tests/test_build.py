@@ -1,6 +1,7 @@
 """The build's edits are exact, and the setup says what it needs."""
 
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -51,10 +52,15 @@ def test_each_edit_has_its_reason_and_a_link() -> None:
         assert "https://github.com/horovod/horovod/" in reason, path.name
 
 
-@pytest.mark.parametrize("change", [{"mpi": True}, {"cuda": True}])
-def test_every_option_has_a_wheel_of_its_own(wheel: ModuleType, change: dict[str, bool]) -> None:
-    plain = wheel.cache_key(wheel.build_variables(mpi=False, cuda=False), [])
-    assert wheel.cache_key(wheel.build_variables(**{"mpi": False, "cuda": False} | change), []) != plain
+def test_whatever_decides_a_wheel_is_in_its_key(wheel: ModuleType, edit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = wheel.build_variables(mpi=False, cuda=False)
+    keys = [wheel.cache_key(plain, []), wheel.cache_key(wheel.build_variables(mpi=False, cuda=True), [])]
+    keys.append(wheel.cache_key(plain, [edit]))
+    edit.write_text(edit.read_text().replace("THREE", "3"))
+    keys.append(wheel.cache_key(plain, [edit]))
+    monkeypatch.setattr(wheel, "installed_frameworks", lambda: {"torch": "2.99.0"})
+    keys.append(wheel.cache_key(plain, []))
+    assert all(a != b for a, b in itertools.combinations(keys, 2))
 
 
 @pytest.mark.parametrize(

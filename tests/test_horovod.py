@@ -8,7 +8,10 @@ from tests.launch import FRAMEWORKS, horovodrun, run
 import pytest
 
 TORCH = ("torch", "collectives", "process_sets", "many_in_flight", "join")
-TF = ("tf", "collectives", "process_sets")
+TF = ("tf", "collectives", "process_sets", "broadcast_in_place")
+
+
+needs_torch = pytest.mark.skipif("torch" not in FRAMEWORKS, reason="torch is not installed")
 
 
 @pytest.mark.parametrize(
@@ -24,6 +27,7 @@ def test_collectives_keep_their_promises(job: tuple[str, ...], event_driven: str
     assert result.stdout.count("all as promised") == num_ranks, result.stdout
 
 
+@needs_torch
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_a_collective_starts_when_posted_whatever_the_cycle_time(num_ranks: int) -> None:
     # With the fixed cycle, each of the dependent collectives would wait for most of a minute.
@@ -32,6 +36,7 @@ def test_a_collective_starts_when_posted_whatever_the_cycle_time(num_ranks: int)
     assert result.stdout.count("all as promised") == num_ranks, result.stdout
 
 
+@needs_torch
 def test_an_elastic_job_survives_a_killed_rank(tmp_path: Path) -> None:
     hosts = tmp_path / "hosts.sh"
     # Two names for this host, as one that lost a rank is used no more.
@@ -42,4 +47,4 @@ def test_an_elastic_job_survives_a_killed_rank(tmp_path: Path) -> None:
                "--host-discovery-script", hosts, sys.executable, "-m", "tests.elastic_job"]
     # fmt: on
     result = run(command)
-    assert "1 rank counted to 20" in result.stdout, result.stdout
+    assert (result.returncode, "1 rank counted to 20" in result.stdout) == (0, True), result.stdout

@@ -1,6 +1,7 @@
 """The recipes as a user starts them."""
 
 import gzip
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -26,15 +27,26 @@ def losses(events: list[dict[str, Any]]) -> list[float]:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_one_loss_curve_for_every_layout(recipe: str, tmp_path: Path) -> None:
     short = ("train.max_steps=60", "train.log_every=10")
-    layouts = {1: (), 2: (), 3: (), 4: (), 2.4: ("parallel.num_micro_batches=4",)}
-    curves = {
-        ranks: losses(train(int(ranks), recipe, tmp_path / str(ranks), *short, *overrides))
-        for ranks, overrides in layouts.items()
-    }
-    assert len(curves[1]) == 7
-    assert curves[1][-1] < 0.5 * curves[1][0]
-    for curve in curves.values():
-        assert curve == pytest.approx(curves[1], rel=1e-5)
+    one, *others = (
+        losses(train(num_ranks, recipe, tmp_path / "run", *short, f"parallel.num_micro_batches={parts}"))
+        for num_ranks, parts in ((1, 1), (2, 1), (3, 1), (4, 1), (2, 4))
+    )
+    assert len(one) == 7
+    assert one[-1] < 0.5 * one[0]
+    for other in others:
+        assert other == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.ranks(2)
+def test_in_fp64_nothing_but_rounding_is_left(framework: str, shared_path: Path) -> None:
+    train_here = importlib.import_module(f"recipes.mnist_mlp_{framework}").train
+    curves = []
+    for parts in (1, 4):
+        folder = shared_path / str(parts)
+        overrides = ["precision=fp64", "train.max_steps=30", "train.log_every=5", f"parallel.num_micro_batches={parts}"]
+        train_here(compose("mnist_mlp", [*overrides, f"run.dir={folder}"]))
+        curves.append(losses(read_events(folder)))
+    assert curves[0] == pytest.approx(curves[1], rel=1e-9)
 
 
 @pytest.mark.ranks(2)
@@ -97,12 +109,13 @@ def mistakes(tmp_path: Path) -> dict[str, list[str]]:
         f"data=mnist data.root={tmp_path}": ["train-images-idx3-ubyte.gz is damaged", "get the file again"],
         f"run.dir={tmp_path / 'finished'}": ["holds a finished run", "choose another folder"],
         "optimizer.lr=-0.1 train.epochs=0": ["optimizer.lr=-0.1: must be greater than 0", "train.epochs=0: must be"],
+        f"run.dir={'x' * 300}": ["File name too long; choose a path that can be used"],
     }
 
 
 @pytest.mark.parametrize(
     ("recipe", "number"),
-    [(RECIPES[0], number) for number in range(8)] + [(RECIPES[-1], 0), (RECIPES[-1], 5)],  # neutral code but for two
+    [(RECIPES[0], number) for number in range(9)] + [(RECIPES[-1], 0), (RECIPES[-1], 5)],  # neutral code but for two
 )
 def test_a_mistake_has_one_message_and_status_2_on_every_rank(recipe: str, number: int, tmp_path: Path) -> None:
     overrides, message = list(mistakes(tmp_path).items())[number]

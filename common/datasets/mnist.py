@@ -44,27 +44,28 @@ def fetch(folder: Path) -> None:
     import pooch
 
     pooch.get_logger().setLevel("WARNING")
-    for name, sha256 in FILES.items():
-        if _find(folder, name) is None and not any(_retrieve(mirror, name, sha256, folder) for mirror in MIRRORS):
-            raise ConfigError(
-                [
-                    f"data=mnist: {name}.gz could not be fetched; put {', '.join(f'{file}.gz' for file in FILES)} "
-                    f"into {folder}, or name their folder with data.root, or use data=digits, which needs no network"
-                ]
-            )
+    for name in FILES:
+        if _find(folder, name) is None:
+            _fetch_file(folder, name)
 
 
-def _retrieve(mirror: str, name: str, sha256: str, folder: Path) -> bool:
-    """Whether the mirror gave the file; it is in the folder then, and nothing is otherwise."""
+def _fetch_file(folder: Path, name: str) -> None:
+    """Fetches one file from the first mirror that has it; a failure leaves nothing behind."""
     import pooch
-    import requests
 
     download = pooch.HTTPDownloader(timeout=CONNECT_SECONDS)
-    try:
-        pooch.retrieve(f"{mirror}{name}.gz", f"sha256:{sha256}", f"{name}.gz", folder, downloader=download)
-    except (requests.RequestException, OSError, ValueError):  # unreachable, or a file with another hash
-        return False
-    return True
+    for mirror in MIRRORS:
+        try:
+            pooch.retrieve(f"{mirror}{name}.gz", f"sha256:{FILES[name]}", f"{name}.gz", folder, downloader=download)
+            return
+        except (OSError, ValueError) as error:  # unreachable, or a file with another hash
+            reason = type(error).__name__
+    raise ConfigError(
+        [
+            f"data=mnist: {name}.gz could not be fetched ({reason}); put {', '.join(f'{file}.gz' for file in FILES)} "
+            f"into {folder}, or name their folder with data.root, or use data=digits, which needs no network"
+        ]
+    )
 
 
 def load(root: str | None) -> tuple[Split, Split]:
@@ -74,8 +75,6 @@ def load(root: str | None) -> tuple[Split, Split]:
         ConfigError: a file is missing or damaged.
     """
     folder = cache_folder() if root is None else Path(root)
-    if not folder.is_dir():
-        raise ConfigError([f"data.root={root}: there is no such folder; name one that exists, or use data=digits"])
     missing = [f"{name} (or {name}.gz)" for name in FILES if _find(folder, name) is None]
     if missing:
         raise ConfigError(

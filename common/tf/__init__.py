@@ -19,7 +19,7 @@ def _without_greetings() -> Iterator[None]:
     They do so before TF_CPP_MIN_LOG_LEVEL counts, on every rank; warnings and errors are passed on.
     """
     stderr = os.dup(2)
-    with tempfile.TemporaryFile("w+") as written:
+    with tempfile.TemporaryFile() as written:
         os.dup2(written.fileno(), 2)
         try:
             yield
@@ -27,9 +27,9 @@ def _without_greetings() -> Iterator[None]:
             os.dup2(stderr, 2)
             os.close(stderr)
             written.seek(0)
-            sys.stderr.writelines(
-                line for line in written if not line.startswith(("I0000 ", "WARNING: All log messages before absl::"))
-            )
+            for line in written:
+                if not line.startswith((b"I0000 ", b"WARNING: All log messages before absl::")):
+                    sys.stderr.write(line.decode(errors="replace"))
 
 
 require("tf", "tensorflow", "keras", "horovod")

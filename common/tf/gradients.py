@@ -27,7 +27,7 @@ def forward_backward(
 
     Args:
         model: whose trainable variables are differentiated.
-        sum_of_losses: (targets, outputs) -> sum over the examples, not their mean.
+        sum_of_losses: (outputs, targets) -> sum over the examples, not their mean.
         inputs: (B, ...) this rank's examples of the step; B may be 0.
         targets: (B, ...)
         num_micro_batches: parts to cut the B examples into; they differ by one example at most.
@@ -43,7 +43,7 @@ def forward_backward(
     for part_inputs, part_targets in zip(tf.split(inputs, sizes), tf.split(targets, sizes), strict=True):
         # The sums so far come first: otherwise all micro-batches run, and hold their activations, at the same time.
         with tf.control_dependencies(sums), tf.GradientTape() as tape:
-            loss = sum_of_losses(part_targets, model(tf.identity(part_inputs), training=True))
+            loss = sum_of_losses(model(tf.identity(part_inputs), training=True), part_targets)
             loss /= tf.cast(global_size, loss.dtype)
         gradients = tape.gradient(loss, [variable.value for variable in model.trainable_variables])
         sums = [a + b for a, b in zip(sums, gradients, strict=True)] if sums else gradients

@@ -23,6 +23,24 @@ class SGD(keras.optimizers.SGD):
         self.assign_sub(variable, keras.ops.cast(learning_rate, variable.dtype) * step)
 
 
+class AdamW(keras.optimizers.AdamW):
+    """AdamW as its paper and PyTorch have it: epsilon is added to the square root of the corrected second moment.
+
+    Keras adds it before the correction, which makes it larger by up to 1 / sqrt(1 - beta2) in the first steps.
+    """
+
+    def update_step(self, gradient, variable, learning_rate):  # type: ignore[no-untyped-def]
+        """Changes the variable by one step; the base class has applied the decay."""
+        index = self._get_variable_index(variable)
+        first, second = self._momentums[index], self._velocities[index]
+        step = keras.ops.cast(self.iterations + 1, variable.dtype)
+        self.assign_add(first, (1 - self.beta_1) * (gradient - first))
+        self.assign_add(second, (1 - self.beta_2) * (keras.ops.square(gradient) - second))
+        root = keras.ops.sqrt(second / (1 - self.beta_2**step))
+        rate = keras.ops.cast(learning_rate, variable.dtype) / (1 - self.beta_1**step)
+        self.assign_sub(variable, rate * first / (root + self.epsilon))
+
+
 def build(cfg: OptimizerConfig, model: keras.Model) -> keras.Optimizer:
     """The optimizer of the configuration for the model's trainable variables.
 
@@ -32,7 +50,7 @@ def build(cfg: OptimizerConfig, model: keras.Model) -> keras.Optimizer:
     if isinstance(cfg, SGDConfig):
         return SGD(cfg.lr, cfg.momentum)
     if isinstance(cfg, AdamWConfig):
-        optimizer = keras.optimizers.AdamW(cfg.lr, cfg.weight_decay, cfg.beta1, cfg.beta2, cfg.epsilon)
+        optimizer = AdamW(cfg.lr, cfg.weight_decay, cfg.beta1, cfg.beta2, cfg.epsilon)
         optimizer.exclude_from_weight_decay(
             [variable for variable in model.trainable_variables if len(variable.shape) < 2]
         )

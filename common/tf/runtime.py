@@ -39,6 +39,11 @@ def _topology() -> Topology:
     return Topology(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
 
 
+def shutdown() -> None:
+    """Ends Horovod on all ranks."""
+    hvd.shutdown()
+
+
 def set_dtype(cfg: PrecisionConfig) -> None:
     """Makes the run's dtype that of all layers built from here on."""
     keras.config.set_dtype_policy(cfg.dtype.name)
@@ -110,4 +115,4 @@ def check_in_sync(model: keras.Model) -> str:
 
 def is_lost_rank(error: BaseException) -> bool:
     """Whether the error says that another rank has left the job."""
-    return isinstance(error, HorovodInternalError | tf.errors.OpError) and "Horovod" in str(error)
+    return isinstance(error, HorovodInternalError | tf.errors.OpError) and agreement.is_lost_rank(error)

@@ -31,6 +31,7 @@ class Gradients:
         self._buckets: list[Tensor] = []
         self._waiting: list[int] = []  # per bucket: gradients that this backward has yet to finish
         self._members: list[int] = []
+        self._views: list[tuple[nn.Parameter, Tensor]] = []
         self._handles: dict[int, int] = {}
         self._last_backward = False
         for number, indices in enumerate(buckets.assign(sizes, bucket_bytes)):
@@ -39,7 +40,9 @@ class Gradients:
                 sum(member.numel() for member in members), dtype=members[0].dtype, device=members[0].device
             )
             for member, part in zip(members, flat.split([member.numel() for member in members]), strict=True):
-                member.grad = part.view_as(member)
+                view = part.view_as(member)
+                member.grad = view
+                self._views.append((member, view))
                 member.register_post_accumulate_grad_hook(lambda _, number=number: self._finished_one(number))
             self._buckets.append(flat)
             self._members.append(len(members))
@@ -60,8 +63,14 @@ class Gradients:
         self._last_backward = True
 
     def wait(self) -> None:
-        """Returns when all buckets hold the sums over the replicas."""
+        """Returns when all buckets hold the sums over the replicas.
+
+        Raises:
+            RuntimeError: a parameter's .grad was replaced, as optimizer.zero_grad() does.
+        """
         self._last_backward = False
+        if any(parameter.grad is not view for parameter, view in self._views):
+            raise RuntimeError("a .grad has left its bucket; call gradients.zero() in place of optimizer.zero_grad()")
         if self._alone:
             return
         for number in range(len(self._buckets)):

@@ -29,6 +29,11 @@ def init() -> Topology:
     return topology
 
 
+def shutdown() -> None:
+    """Ends Horovod on all ranks."""
+    hvd.shutdown()
+
+
 def device(topology: Topology) -> torch.device:
     """The GPU of this rank where there is one, else the CPU."""
     return torch.device("cuda", topology.local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -99,4 +104,4 @@ def check_in_sync(model: nn.Module) -> str:
 
 def is_lost_rank(error: BaseException) -> bool:
     """Whether the error says that another rank has left the job."""
-    return isinstance(error, HorovodInternalError)
+    return isinstance(error, HorovodInternalError) and agreement.is_lost_rank(error)
