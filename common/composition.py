@@ -66,7 +66,7 @@ def _register_schemas() -> None:
 
 def _refused(override: str) -> str | None:
     """Why an override is not even tried: its form, an option that its group lacks, or what only Hydra would take."""
-    key, equals, value = override.partition("=")
+    key, _, value = override.partition("=")
     options = group_options().get(key)
     if key.startswith(("+", "~")):
         return "keys cannot be added or removed; write key=value for a key that exists"
@@ -79,8 +79,8 @@ def _refused(override: str) -> str | None:
     try:
         OverridesParser.create().parse_override(override)
     except HydraException:
-        equals = ""
-    return None if equals else "not of the form key=value; quote a value with special characters: 'key=\"value\"'"
+        return "not of the form key=value; quote a value with special characters: 'key=\"value\"'"
+    return None
 
 
 def _inapplicable(task: str, overrides: Sequence[str]) -> dict[str, str]:

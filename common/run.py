@@ -134,7 +134,7 @@ class _Progress:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._terminal = sys.stdout.isatty()
+        self._terminal = sys.stdout.isatty() and plan.topology.world_size == 1  # mpirun gives each rank one
         self._start = self._shown_at = time.monotonic()
         self._shown_step = 0
 

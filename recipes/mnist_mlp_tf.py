@@ -4,7 +4,7 @@
     horovodrun -np 4 python -m recipes.mnist_mlp_tf data=mnist train.epochs=5
     horovodrun -np 2 python -m recipes.mnist_mlp_tf optimizer=adamw parallel.num_micro_batches=4
 
-Test accuracy after the default 20 epochs of the 1,437 digits: 0.97, with the same loss at every step for any -np.
+Test accuracy after the default 20 epochs of the 1,437 digits: 0.99, with the same loss at every step for any -np.
 Its twin recipes/mnist_mlp_torch.py has the same functions and reads the same conf/mnist_mlp.yaml.
 """
 
