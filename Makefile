@@ -24,7 +24,7 @@ lint: setup ## ruff and mypy
 	$(IN_VENV) ruff format --check .
 	$(IN_VENV) mypy
 
-bench: setup ## Horovod's fixed cycle against the event-driven loop (about 10 minutes)
+bench: setup ## Horovod's fixed cycle against the event-driven loop (about 15 minutes)
 	$(IN_VENV) python benchmarks/event_driven.py
 
 clean: ## remove .venv and what tools left behind (not the wheel cache, not outputs/)

@@ -5,13 +5,12 @@ import os
 # Milliseconds. With the event-driven edits this is the longest that Horovod's loop sleeps when nothing is posted, and
 # long is good. Measured in docs/horovod-build.md.
 CYCLE_TIME = "20"
-CYCLE_TIME_NOT_EVENT_DRIVEN = "5"
 
 
 def set_cycle_time() -> None:
-    """Gives HOROVOD_CYCLE_TIME a default that suits a CPU; to be called before Horovod starts."""
-    event_driven = os.environ.get("HOROVOD_EVENT_DRIVEN", "1") == "1"  # Horovod takes other words for 0
-    os.environ.setdefault("HOROVOD_CYCLE_TIME", CYCLE_TIME if event_driven else CYCLE_TIME_NOT_EVENT_DRIVEN)
+    """Gives HOROVOD_CYCLE_TIME a default that suits the event-driven loop; to be called before Horovod starts."""
+    if os.environ.get("HOROVOD_EVENT_DRIVEN", "1") == "1":  # Horovod takes other words for 0
+        os.environ.setdefault("HOROVOD_CYCLE_TIME", CYCLE_TIME)
 
 
 def num_cores() -> int:
