@@ -8,6 +8,7 @@ Runs on the standard library alone, as nothing else is there yet.
 An option that is left out keeps the value that .venv was last made with.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -93,8 +94,15 @@ def main() -> None:
     """Command line entry."""
     if sys.version_info[:2] != (3, 11):
         sys.exit(f"The setup needs Python 3.11, not {sys.version.split()[0]}: make setup PYTHON=/path/to/python3.11")
+    with (ROOT / "pyproject.toml").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second setup waits for the first, and finds its work done
+        set_up(sys.argv[1:])
+
+
+def set_up(arguments: list[str]) -> None:
+    """Makes .venv what the options ask for, if it is not."""
     last = last_state()
-    options = read_options(sys.argv[1:], last.get("options", {}))
+    options = read_options(arguments, last.get("options", {}))
     state = wanted_state(options)
     if last == state:
         return

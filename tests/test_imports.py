@@ -2,7 +2,7 @@
 
 import sys
 
-from tests.launch import ROOT, run
+from tests.launch import FRAMEWORKS, ROOT, run
 
 import pytest
 
@@ -22,10 +22,10 @@ def test_neutral_modules_import_no_framework() -> None:
     assert imported(f"import {modules}", FOREIGN) == "[]"
 
 
-@pytest.mark.parametrize(
-    ("recipe", "other"), [("mnist_mlp_torch", "{'tensorflow', 'keras'}"), ("mnist_mlp_tf", "{'torch'}")]
-)
-def test_a_recipe_trains_without_the_other_framework(recipe: str, other: str, tmp_path: str) -> None:
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_recipe_trains_without_the_other_framework(framework: str, tmp_path: Path) -> None:
+    recipe = f"mnist_mlp_{framework}"
+    other = {"torch": "{'tensorflow', 'keras'}", "tf": "{'torch'}"}[framework]
     statements = f"""
 import sys
 from pathlib import Path
