@@ -1,6 +1,7 @@
 """Who may import whom."""
 
 import sys
+from pathlib import Path
 
 from tests.launch import FRAMEWORKS, ROOT, run
 
