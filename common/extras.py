@@ -17,7 +17,7 @@ def require(extra: str, *modules: str) -> None:
                 file=sys.stderr,
                 flush=True,
             )
-        # Ranks cannot agree on anything yet; so they leave late enough for rank 0 to have spoken, and about together, as
-        # the launcher ends whoever is still there a moment after the first one.
+        # Ranks cannot agree on anything yet: they leave late enough for rank 0 to have spoken, and about together, as the
+        # launcher ends whoever is still there a moment after the first one.
         time.sleep(0.5)
         sys.exit(2)
