@@ -1,5 +1,6 @@
 """Says which extra is missing when a framework is not installed."""
 
+import math
 import os
 import sys
 import time
@@ -17,7 +18,8 @@ def require(extra: str, *modules: str) -> None:
                 file=sys.stderr,
                 flush=True,
             )
-        # Ranks cannot agree on anything yet: they leave late enough for rank 0 to have spoken, and about together, as the
-        # launcher ends whoever is still there a moment after the first one.
-        time.sleep(0.5)
+        # Ranks cannot agree on anything yet, and the launcher ends whoever is still there a moment after the first one:
+        # all leave at the next full second, when rank 0 has long spoken.
+        now = time.time()
+        time.sleep(math.ceil(now + 0.5) - now)
         sys.exit(2)
