@@ -1,12 +1,12 @@
 """Composes a task's configuration from conf/ and the command line, and explains what cannot be applied."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from common import config
-from common.config import ConfigError, RunConfig
+from common.config import ConfigError, RunConfig, leaves
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -86,7 +86,7 @@ def _refused(override: str) -> str | None:
 def _inapplicable(task: str, overrides: Sequence[str]) -> dict[str, str]:
     """What is wrong with each override that cannot be applied; the chosen options count before the keys in them."""
     chosen = [override for override in overrides if override.partition("=")[0] in group_options()]
-    defaults = dict(_leaves(OmegaConf.to_container(hydra_compose(task, chosen), enum_to_str=True)))
+    defaults = dict(leaves(OmegaConf.to_container(hydra_compose(task, chosen), enum_to_str=True)))
     problems = {}
     for override in overrides:
         try:
@@ -112,12 +112,3 @@ def _cause(key: str, defaults: dict[str, Any], error: Exception) -> str:
     near = difflib.get_close_matches(key, keys, n=1)
     valid = [known for known in keys if known.startswith(f"{group}.")] or sorted(keys)
     return f"no such key; {f'did you mean {near[0]}? ' if near else ''}valid keys: {', '.join(valid)}"
-
-
-def _leaves(container: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted names and values of all leaves of a nested dict."""
-    for name, value in container.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

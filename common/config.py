@@ -4,9 +4,10 @@ The dataclasses say what keys there are, of which types and units; the YAML file
 A configuration is put together by common/composition.py and checked by common/validation.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
@@ -175,3 +176,12 @@ class MnistMLPConfig(RunConfig):
 def to_yaml(cfg: RunConfig) -> str:
     """The resolved configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+
+
+def leaves(container: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted names and values of all leaves of a nested dict."""
+    for name, value in container.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common.config import ConfigError, DataConfig, MnistConfig, RunConfig
+from common.config import ConfigError, DataConfig, MnistConfig, RunConfig, leaves
 from common.topology import Topology
 
 _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], float, str]] = {
@@ -49,7 +49,7 @@ def validate(cfg: RunConfig, topology: Topology) -> None:
 
 
 def _out_of_bounds(cfg: RunConfig) -> Iterator[str]:
-    values = dict(_leaves(cfg))
+    values = dict(leaves(dataclasses.asdict(cfg)))
     for key, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{key}={value}: must be a finite number; leave it out for the default"
@@ -60,16 +60,6 @@ def _out_of_bounds(cfg: RunConfig) -> Iterator[str]:
     sizes = values.get("model.hidden_sizes", [1])
     if not sizes or min(sizes) < 1:
         yield f"model.hidden_sizes={sizes}: must be one or more sizes of at least 1, such as [256,256]"
-
-
-def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted names and values of all leaves of nested dataclasses."""
-    for field in dataclasses.fields(node):
-        value = getattr(node, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _leaves(value, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", value
 
 
 def _batch_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
