@@ -59,7 +59,7 @@ def run(train: Callable[[Any], Any], task: str, runtime: Runtime, arguments: Seq
             cfg = compose(task, overrides)
         if len(overrides) < len(words):
             if topology.rank == 0:
-                print(_help(sys.modules[train.__module__], cfg))
+                print(_help(sys.modules[train.__module__], task, cfg))
             return
         train(cfg)
     except (ConfigError, TrainingError) as error:  # raised by all ranks together
@@ -81,7 +81,7 @@ def run(train: Callable[[Any], Any], task: str, runtime: Runtime, arguments: Seq
         sys.exit(1)
 
 
-def _help(recipe: ModuleType, cfg: RunConfig) -> str:
+def _help(recipe: ModuleType, task: str, cfg: RunConfig) -> str:
     """What the recipe is, the options of each group, and all keys with the values of the configuration."""
-    options = "  ".join(f"{group}={'|'.join(names)}" for group, names in group_options().items())
+    options = "  ".join(f"{group}={'|'.join(names)}" for group, names in group_options(task).items())
     return HELP.format(name=Path(str(recipe.__file__)).stem, doc=recipe.__doc__, options=options, values=to_yaml(cfg))

@@ -1,9 +1,10 @@
 """Composes a task's configuration from conf/ and the command line, and explains what cannot be applied."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from common import config
 from common.config import ConfigError, RunConfig, leaves
@@ -17,12 +18,30 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONF = Path(__file__).parent.parent / "conf"
+_SHORT = re.compile(r"^(resume)=")
 LABELS = (".name", ".dtype")  # keys that come with an option and would lie if they were set alone
 
 _SCHEMAS: dict[str, dict[str, type]] = {
-    "": {"mnist_mlp_schema": config.MnistMLPConfig},
-    "data": {"data_schema": config.DataConfig, "mnist_schema": config.MnistConfig},
-    "model": {"mlp_schema": config.MLPConfig},
+    "": {
+        "linear_regression_schema": config.LinearRegressionConfig,
+        "mnist_cnn_schema": config.MnistCNNConfig,
+        "mnist_mlp_schema": config.MnistMLPConfig,
+        "transformer_lm_schema": config.TransformerLMConfig,
+    },
+    "data": {
+        "image_shards_schema": config.ImageShardsConfig,
+        "images_schema": config.ImagesConfig,
+        "linear_schema": config.LinearDataConfig,
+        "mnist_schema": config.MnistConfig,
+        "text_schema": config.TextConfig,
+        "text_shards_schema": config.TextShardsConfig,
+    },
+    "model": {
+        "cnn_schema": config.CNNConfig,
+        "linear_schema": config.LinearConfig,
+        "lm_schema": config.LMConfig,
+        "mlp_schema": config.MLPConfig,
+    },
     "optimizer": {"sgd_schema": config.SGDConfig, "adamw_schema": config.AdamWConfig},
     "lr_schedule": {"constant_schema": config.LRScheduleConfig, "cosine_schema": config.CosineConfig},
     "precision": {"precision_schema": config.PrecisionConfig},
@@ -30,10 +49,17 @@ _SCHEMAS: dict[str, dict[str, type]] = {
 }
 
 
-def group_options() -> dict[str, list[str]]:
-    """The groups of conf/ and the options of each."""
+def group_options(task: str) -> dict[str, list[str]]:
+    """The groups of conf/ and the options of each that the task can take."""
     groups = sorted(path for path in CONF.iterdir() if path.is_dir())
-    return {group.name: sorted(path.stem for path in group.glob("*.yaml")) for group in groups}
+    return {group.name: sorted(path.stem for path in group.glob("*.yaml") if _suits(path, task)) for group in groups}
+
+
+def _suits(option: Path, task: str) -> bool:
+    """Whether the schema of an option is of the type that the task has for its group."""
+    group = option.parent.name
+    schema = _SCHEMAS[group][OmegaConf.load(option).defaults[0]]
+    return issubclass(schema, get_type_hints(_SCHEMAS[""][f"{task}_schema"])[group])
 
 
 def compose(task: str, overrides: Sequence[str]) -> RunConfig:
@@ -43,8 +69,9 @@ def compose(task: str, overrides: Sequence[str]) -> RunConfig:
         ConfigError: an override names no key or option, or its value has the wrong type.
     """
     _register_schemas()
+    overrides = [_SHORT.sub(r"\1.source=", override) for override in overrides]
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        problems = {override: problem for override in overrides if (problem := _refused(override))}
+        problems = {override: problem for override in overrides if (problem := _refused(task, override))}
         sound = [override for override in overrides if override not in problems]
         try:
             cfg = OmegaConf.to_object(hydra_compose(task, sound))
@@ -64,10 +91,10 @@ def _register_schemas() -> None:
             ConfigStore.instance().store(name=name, node=node, group=group or None)
 
 
-def _refused(override: str) -> str | None:
+def _refused(task: str, override: str) -> str | None:
     """Why an override is not even tried: its form, an option that its group lacks, or what only Hydra would take."""
     key, _, value = override.partition("=")
-    options = group_options().get(key)
+    options = group_options(task).get(key)
     if key.startswith(("+", "~")):
         return "keys cannot be added or removed; write key=value for a key that exists"
     if key.partition("/")[0].partition(".")[0] == "hydra":
@@ -85,18 +112,18 @@ def _refused(override: str) -> str | None:
 
 def _inapplicable(task: str, overrides: Sequence[str]) -> dict[str, str]:
     """What is wrong with each override that cannot be applied; the chosen options count before the keys in them."""
-    chosen = [override for override in overrides if override.partition("=")[0] in group_options()]
+    chosen = [override for override in overrides if override.partition("=")[0] in group_options(task)]
     defaults = dict(leaves(OmegaConf.to_container(hydra_compose(task, chosen), enum_to_str=True)))
     problems = {}
     for override in overrides:
         try:
             OmegaConf.to_object(hydra_compose(task, [*chosen, override]))
         except (HydraException, OmegaConfBaseException) as error:
-            problems[override] = _cause(override.partition("=")[0], defaults, error)
+            problems[override] = _cause(task, override.partition("=")[0], defaults, error)
     return problems
 
 
-def _cause(key: str, defaults: dict[str, Any], error: Exception) -> str:
+def _cause(task: str, key: str, defaults: dict[str, Any], error: Exception) -> str:
     """Why the override of the key failed, and what would do."""
     if key in defaults:
         reason = str(error.__cause__ or error).splitlines()[0]
@@ -104,7 +131,7 @@ def _cause(key: str, defaults: dict[str, Any], error: Exception) -> str:
         return f"wrong type: {reason}; the default is {key}={default}"
     group, _, name = key.partition(".")
     having = [
-        option for option in group_options().get(group, ()) if name in OmegaConf.load(CONF / group / f"{option}.yaml")
+        option for option in group_options(task).get(group, ()) if name in OmegaConf.load(CONF / group / f"{option}.yaml")
     ]
     if having:
         return f"no such key here; it goes with {' or '.join(f'{group}={option}' for option in having)}"

@@ -24,19 +24,104 @@ class ConfigError(Exception):
         self.problems = list(problems)
 
 
+class Balance(Enum):
+    """What is done about classes of unlike numbers of examples."""
+
+    none = 0
+    resample = 1
+    """An epoch draws as many examples as there are, with replacement, each class equally often on average."""
+    weight_loss = 2
+    """Each example once; its loss is weighted by the inverse of its class's share."""
+
+
+class Verify(Enum):
+    """How shards are checked before training."""
+
+    off = 0
+    size = 1
+    hash = 2
+
+
+class TokenizerKind(Enum):
+    """What a token is."""
+
+    byte = 0
+    char = 1
+    bpe = 2
+
+
 @dataclass
 class DataConfig:
     """Where the examples come from."""
 
     name: str = MISSING
+    ledger: bool = MISSING
+    """Writes down which rank used which example at which step; `python -m recipes check-ledger` reads it."""
 
 
 @dataclass
-class MnistConfig(DataConfig):
+class LinearDataConfig(DataConfig):
+    """Numbers drawn from a linear model with noise."""
+
+    num_examples: int = MISSING
+    num_features: int = MISSING
+    noise: float = MISSING
+    """Standard deviation of what is added to each target."""
+
+
+@dataclass
+class ImagesConfig(DataConfig):
+    """28 x 28 images of ten classes."""
+
+    balance: Balance = MISSING
+    max_shift: int = MISSING
+    """Training images move by up to so many pixels up, down, left and right; 0: not at all."""
+    max_rotation: float = MISSING
+    """Training images turn by up to so many degrees either way; 0: not at all."""
+
+
+@dataclass
+class MnistConfig(ImagesConfig):
     """MNIST in the four standard IDX files."""
 
     root: str | None = MISSING
     """Folder of the files; null: the user's cache, fetched when they are not there."""
+
+
+@dataclass
+class ImageShardsConfig(ImagesConfig):
+    """Images that `python -m recipes shard-data` has written."""
+
+    path: str | None = MISSING
+    """Folder with an index.json; must be set."""
+    verify: Verify = MISSING
+    """Whether all shards are read and hashed before training, or only their sizes looked at, or nothing."""
+
+
+@dataclass
+class LanguageConfig(DataConfig):
+    """Text as tokens, the last tenth of which is held out for the test."""
+
+
+@dataclass
+class TextConfig(LanguageConfig):
+    """Text files, read into memory."""
+
+    path: str | None = MISSING
+    """A UTF-8 file, or a folder of them; null: Python's language reference, which CPython carries."""
+    tokenizer: TokenizerKind = MISSING
+    vocabulary_size: int = MISSING
+    """Tokens that tokenizer=bpe learns; the others have as many as there are bytes or characters."""
+
+
+@dataclass
+class TextShardsConfig(LanguageConfig):
+    """Tokens that `python -m recipes shard-data` has written."""
+
+    path: str | None = MISSING
+    """Folder with an index.json; must be set."""
+    verify: Verify = MISSING
+    """Whether all shards are read and hashed before training, or only their sizes looked at, or nothing."""
 
 
 @dataclass
@@ -56,6 +141,47 @@ class MLPConfig(ModelConfig):
 
 
 @dataclass
+class LinearConfig(ModelConfig):
+    """One linear layer with one output."""
+
+
+@dataclass
+class CNNConfig(ModelConfig):
+    """A small convolutional network for 28 x 28 images of ten classes."""
+
+    channels: list[int] = MISSING
+    """Of each convolution; the image is halved after each."""
+    hidden_size: int = MISSING
+    dropout: float = MISSING
+
+
+@dataclass
+class LMConfig(ModelConfig):
+    """A decoder-only transformer."""
+
+    num_layers: int = MISSING
+    num_heads: int = MISSING
+    width: int = MISSING
+    """Values per token between the layers; num_heads divides it."""
+    context: int = MISSING
+    """Tokens that an example has and that the model looks back on."""
+    tied: bool = MISSING
+    """Whether the output layer uses the token embedding's weights."""
+    dropout: float = MISSING
+    """Probability that a value is zeroed in training, of the embedding and of what each layer adds; 0: none."""
+
+
+class BatchSchedule(Enum):
+    """How the global batch grows; the learning rate grows with it (common/batch_size.py)."""
+
+    constant = 0
+    steps = 1
+    """It doubles after each step of train.batch_growth_steps."""
+    noise_scale = 2
+    """It doubles when the gradient noise scale has passed it."""
+
+
+@dataclass
 class TrainConfig:
     """How long and on how much at a time."""
 
@@ -68,6 +194,15 @@ class TrainConfig:
     """Largest global L2 norm of the mean gradient; 0: no clipping."""
     log_every: int = MISSING
     """Optimizer steps between two values of train_loss."""
+    checkpoint_every: int = MISSING
+    """Optimizer steps between two checkpoints; 0: only at the end."""
+    keep_checkpoints: int = MISSING
+    """The newest so many are kept."""
+    batch_schedule: BatchSchedule = MISSING
+    batch_growth_steps: list[int] = MISSING
+    """With batch_schedule=steps: the steps after which the global batch doubles."""
+    max_batch_size: int = MISSING
+    """The global batch grows no further; 0: without bound."""
 
 
 @dataclass
@@ -144,6 +279,16 @@ class ParallelConfig:
 
 
 @dataclass
+class ResumeConfig:
+    """Whether training goes on from a checkpoint."""
+
+    source: str = MISSING
+    """auto: from the newest sound checkpoint in run.dir, if there is one; never; or the path of a checkpoint or run."""
+    allow_changes: list[str] = MISSING
+    """Keys that may differ from the checkpoint's although the loss curve changes with them."""
+
+
+@dataclass
 class RunFolderConfig:
     """What the run leaves behind."""
 
@@ -156,6 +301,7 @@ class RunConfig:
     """The whole configuration of a recipe."""
 
     seed: int = MISSING
+    resume: ResumeConfig = MISSING
     run: RunFolderConfig = MISSING
     data: DataConfig = MISSING
     model: ModelConfig = MISSING
@@ -170,7 +316,32 @@ class RunConfig:
 class MnistMLPConfig(RunConfig):
     """The configuration of mnist_mlp_torch and mnist_mlp_tf."""
 
+    data: ImagesConfig = MISSING
     model: MLPConfig = MISSING
+
+
+@dataclass
+class MnistCNNConfig(RunConfig):
+    """The configuration of mnist_cnn_torch and mnist_cnn_tf."""
+
+    data: ImagesConfig = MISSING
+    model: CNNConfig = MISSING
+
+
+@dataclass
+class TransformerLMConfig(RunConfig):
+    """The configuration of transformer_lm_torch and transformer_lm_tf."""
+
+    data: LanguageConfig = MISSING
+    model: LMConfig = MISSING
+
+
+@dataclass
+class LinearRegressionConfig(RunConfig):
+    """The configuration of linear_regression_torch and linear_regression_tf."""
+
+    data: LinearDataConfig = MISSING
+    model: LinearConfig = MISSING
 
 
 def to_yaml(cfg: RunConfig) -> str:

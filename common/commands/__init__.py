@@ -1,0 +1,43 @@
+"""Commands beside training: python -m recipes <command> key=value ..., one module each with a `main`."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TypeVar
+
+from common.config import ConfigError
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+
+
+def parse(schema: type[T], words: Sequence[str]) -> T:
+    """The arguments of a command.
+
+    Args:
+        schema: a dataclass; fields that are MISSING must be given.
+        words: key=value each.
+
+    Raises:
+        ConfigError: a word names no field, has a value of the wrong type, or a field is not given.
+    """
+    names = [field.name for field in dataclasses.fields(schema)]  # type: ignore[arg-type]
+    cfg = OmegaConf.structured(schema)
+    problems = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or key not in names:
+            problems.append(f"{word}: no such key; valid keys: {', '.join(names)}, written key=value")
+            continue
+        try:
+            cfg[key] = None if value == "null" else value  # converted to the field's type
+        except OmegaConfBaseException as error:
+            problems.append(f"{word}: wrong type: {str(error).splitlines()[0]}")
+    missing = [name for name in names if OmegaConf.is_missing(cfg, name)]
+    if not problems and missing:
+        problems = [f"{name}=: must be given" for name in missing]
+    if problems:
+        raise ConfigError(problems)
+    arguments: T = OmegaConf.to_object(cfg)  # type: ignore[assignment]
+    return arguments
