@@ -1,11 +1,31 @@
 """How ranks agree on whether to go on: what is wrong on one, all raise."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 from common.config import ConfigError
 from common.run import TrainingError
+from common.topology import Topology
+
+
+class Runtime(Protocol):
+    """What a binding's runtime module offers."""
+
+    def init(self) -> Topology:
+        """Starts Horovod."""
+
+    def joint_check(self) -> AbstractContextManager[None]:
+        """A block that all ranks leave with the same errors or none."""
+
+    def from_rank_zero(self, value: Any) -> Any:
+        """Rank 0's value on all ranks, and so a point where all wait for rank 0."""
+
+    def shutdown(self) -> None:
+        """Ends Horovod on all ranks."""
+
+    def is_lost_rank(self, error: BaseException) -> bool:
+        """Whether the error says that another rank has left."""
 
 
 @contextmanager

@@ -5,17 +5,19 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
+from common import stopping
+from common.agreement import Runtime
 from common.composition import compose, group_options
 from common.config import ConfigError, RunConfig, to_yaml
 from common.run import TrainingError
-from common.topology import Topology
+from common.stopping import Stopped
 
 SECONDS_TO_GIVE_WAY = 5
+_STATUS = {ConfigError: 2, TrainingError: 1, Stopped: stopping.EXIT_STATUS}
 HELP = """\
 usage: horovodrun -np N python -m recipes.{name} [key=value ...]
 
@@ -27,29 +29,11 @@ Keys and their values with these options:
 {values}"""
 
 
-class Runtime(Protocol):
-    """What a binding's runtime module offers."""
-
-    def init(self) -> Topology:
-        """Starts Horovod."""
-
-    def joint_check(self) -> AbstractContextManager[None]:
-        """A block that all ranks leave with the same errors or none."""
-
-    def from_rank_zero(self, value: Any) -> Any:
-        """Rank 0's value on all ranks, and so a point where all wait for rank 0."""
-
-    def shutdown(self) -> None:
-        """Ends Horovod on all ranks."""
-
-    def is_lost_rank(self, error: BaseException) -> bool:
-        """Whether the error says that another rank has left."""
-
-
 def run(train: Callable[[Any], Any], task: str, runtime: Runtime, arguments: Sequence[str] | None = None) -> None:
     """Trains with the configuration of the command line and leaves the process with its status.
 
-    Status 2: the configuration cannot be run; rank 0 says why. Status 1: training failed.
+    Status 2: the configuration cannot be run; rank 0 says why. Status 1: training failed. Status 143: it was stopped by
+    SIGTERM and has left a checkpoint.
     """
     words = sys.argv[1:] if arguments is None else arguments
     overrides = [word for word in words if word not in ("-h", "--help")]
@@ -61,8 +45,9 @@ def run(train: Callable[[Any], Any], task: str, runtime: Runtime, arguments: Seq
             if topology.rank == 0:
                 print(_help(sys.modules[train.__module__], task, cfg))
             return
+        stopping.listen()
         train(cfg)
-    except (ConfigError, TrainingError) as error:  # raised by all ranks together
+    except (ConfigError, TrainingError, Stopped) as error:  # raised by all ranks together
         if topology.rank == 0:
             print(error, file=sys.stderr, flush=True)
         # All leave at once, when rank 0 has spoken and without Python's own tidying up: the launcher ends whoever is
@@ -71,7 +56,7 @@ def run(train: Callable[[Any], Any], task: str, runtime: Runtime, arguments: Seq
         runtime.from_rank_zero(None)
         runtime.shutdown()
         sys.stdout.flush()
-        os._exit(2 if isinstance(error, ConfigError) else 1)
+        os._exit(_STATUS[type(error)])
     except Exception as error:
         if not runtime.is_lost_rank(error):
             raise

@@ -204,6 +204,11 @@ class TrainConfig:
     max_batch_size: int = MISSING
     """The global batch grows no further; 0: without bound."""
 
+    @property
+    def measures_noise(self) -> bool:
+        """Whether the gradients' squared norms are needed."""
+        return self.batch_schedule is BatchSchedule.noise_scale
+
 
 @dataclass
 class OptimizerConfig:
@@ -347,6 +352,12 @@ class LinearRegressionConfig(RunConfig):
 def to_yaml(cfg: RunConfig) -> str:
     """The resolved configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+
+
+def to_dict(cfg: RunConfig) -> dict[str, Any]:
+    """The resolved configuration as nested dicts of what JSON can hold."""
+    content: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)  # type: ignore[assignment]
+    return content
 
 
 def leaves(container: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

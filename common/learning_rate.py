@@ -2,20 +2,24 @@
 
 import math
 
-from common.config import CosineConfig, LRScheduleConfig
+from common.batch_size import learning_rate_factor
+from common.config import CosineConfig, RunConfig
+from common.sharding import Step
 
 
-def learning_rate(step: int, total_steps: int, peak: float, cfg: LRScheduleConfig) -> float:
-    """The learning rate of a step (from 1): linear warm-up to the peak, then constant or half a cosine down.
+def learning_rate(step: Step, cfg: RunConfig) -> float:
+    """The learning rate of a step: linear warm-up, constant or half a cosine down, and growth with the batch.
 
-    The cosine ends with `final_fraction * peak` at `total_steps`. Source: Loshchilov and Hutter, "SGDR: Stochastic
-    Gradient Descent with Warm Restarts", 2017, https://arxiv.org/abs/1608.03983 (equation 5, one period); warm-up:
-    Goyal et al., "Accurate, Large Minibatch SGD", 2017, https://arxiv.org/abs/1706.02677 (section 2.2).
+    The cosine falls from optimizer.lr to `final_fraction` of it at the end of the run, and is multiplied by the
+    warm-up's step / warmup_steps. Source: Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm
+    Restarts", 2017, https://arxiv.org/abs/1608.03983 (equation 5, one period); warm-up: Goyal et al., "Accurate, Large
+    Minibatch SGD", 2017, https://arxiv.org/abs/1706.02677 (section 2.2); the batch: common/batch_size.py.
     """
-    if step <= cfg.warmup_steps:
-        return peak * step / cfg.warmup_steps
-    if not isinstance(cfg, CosineConfig):
-        return peak
-    progress = (step - cfg.warmup_steps) / (total_steps - cfg.warmup_steps)
-    floor = cfg.final_fraction
-    return peak * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)
+    schedule = cfg.lr_schedule
+    rate = cfg.optimizer.lr * learning_rate_factor(step.batch_size, cfg.train.global_batch_size, cfg.optimizer)
+    if step.number < schedule.warmup_steps:
+        rate *= step.number / schedule.warmup_steps
+    if isinstance(schedule, CosineConfig):
+        floor = schedule.final_fraction
+        rate *= floor + (1 - floor) * (1 + math.cos(math.pi * step.progress)) / 2
+    return rate

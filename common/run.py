@@ -1,6 +1,6 @@
 """What a run leaves behind and prints: config.yaml, metrics.jsonl, summary.json, TensorBoard's events, progress lines.
 
-Rank 0 writes all of it, below one folder; on the other ranks the same calls write nothing.
+Rank 0 writes all of it, below one folder; on the other ranks the same calls write nothing but their part of the ledger.
 """
 
 import datetime
@@ -10,16 +10,21 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from common.buckets import allreduce_bytes
-from common.config import Dtype, RunConfig, to_yaml
+from common.config import BatchSchedule, Dtype, RunConfig, to_yaml
+from common.datasets.examples import Batch, Examples
+from common.ledger import Ledger
+from common.read_ahead import read_ahead
 from common.sharding import Plan, Step
+from common.step_sums import StepSums
 from common.tensorboard import ScalarWriter
 from common.topology import Topology
 
+_NOT_VALUES = ("step", "epoch", "wall_seconds")  # of an event
 _CLEAR_LINE = "\r\033[K"  # on a terminal
 
 
@@ -49,32 +54,52 @@ class Run:
         self._topology: Topology = plan.topology
         self._start = time.perf_counter()
         self._step_seconds: list[float] = []
-        self._steps = self._examples = 0
+        self._waiting_seconds: list[float] = []
+        self._steps = plan.start.step
+        self._examples = 0
         self._last: dict[str, float] = {}
+        self._ledger = Ledger(self.folder, plan) if cfg.data.ledger else None
         if self._topology.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(to_yaml(cfg))
-            (self.folder / "metrics.jsonl").write_text("")
-            shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)  # of a run that was not finished
-            self._tensorboard = ScalarWriter(self.folder / "tensorboard")
+            self._tensorboard = self._continue_record()
             self._progress = _Progress(plan)
+            begin = f", from step {plan.start.step + 1}" if plan.start.step else ""
             self._progress.say(
                 f"{recipe}: {self._topology.world_size} ranks, {plan.num_examples} examples, "
-                f"{plan.global_batch_size} a step, {plan.total_steps} steps, {self.folder}"
+                f"{plan.batch_sizes.at(plan.start.step + 1)} a step{begin}, {self.folder}"
             )
 
-    def track(self, steps: Iterable[Step]) -> Iterator[Step]:
-        """Passes the steps on and takes the time of each."""
-        for step in steps:
+    def steps(self, examples: Examples) -> Iterator[tuple[Step, Batch]]:
+        """The steps of the run with this rank's examples, read ahead; takes the time of each step."""
+        batches = read_ahead(self._plan.steps(), examples)
+        while True:
             start = time.perf_counter()
-            yield step
+            try:
+                step, batch = next(batches)
+            except StopIteration:
+                return
+            waited = time.perf_counter()
+            yield step, batch
+            self._waiting_seconds.append(waited - start)
             self._step_seconds.append(time.perf_counter() - start)
             self._steps += 1
             self._examples += step.global_size
 
-    def is_log_due(self, step: Step) -> bool:
-        """Whether train_loss is to be logged at this step: at the first and at every `train.log_every`-th."""
-        return step.number == 1 or step.number % self._cfg.train.log_every == 0
+    def record(self, step: Step, lr: float, sums: StepSums) -> None:
+        """Takes in a step that was made: train_loss and lr are logged at the first and every train.log_every-th one."""
+        if self._ledger:
+            self._ledger.add(step)
+        values: dict[str, float] = {}
+        if self._cfg.train.batch_schedule is not BatchSchedule.constant:
+            values["batch_size"] = step.batch_size
+        if self._cfg.train.batch_schedule is BatchSchedule.noise_scale:
+            local_size = step.global_size / self._topology.num_replicas
+            local, whole = float(sums.local_squares), float(sums.whole_squares)
+            self._plan.batch_sizes.observe(step.number, local, whole, local_size, step.global_size)
+            values["noise_scale"] = self._plan.batch_sizes.noise_scale
+        if step.number == 1 or step.number % self._cfg.train.log_every == 0:
+            self.log(step, lr=lr, train_loss=float(sums.loss), **values)
 
     def log(self, step: Step, **values: float) -> None:
         """Records values at a step; to be called by every rank with the same values.
@@ -101,16 +126,20 @@ class Run:
             weights_sha256: of the final weights, which all ranks hold.
         """
         num_replicas = self._topology.num_replicas
+        if self._ledger:
+            self._ledger.close()
         summary = {
             **self._identity,
             "world_size": self._topology.world_size,
             "num_stages": 1,
             "num_replicas": num_replicas,
             "steps": self._steps,
+            "resumed_from_step": self._plan.start.step,
             "examples": self._examples,
             "wall_seconds": self._wall_seconds(),
             "examples_per_second": self._examples / sum(self._step_seconds),
             "step_seconds_median": statistics.median(self._step_seconds),
+            "data_wait_share": sum(self._waiting_seconds) / sum(self._step_seconds),
             "wire_bytes_per_step": allreduce_bytes(num_gradients, self._cfg.precision.dtype, num_replicas),
             "dense_bytes_per_step": allreduce_bytes(num_gradients, Dtype.float32, num_replicas),
             "weights_sha256": weights_sha256,
@@ -125,6 +154,19 @@ class Run:
             self._progress.say(f"done in {summary['wall_seconds']:.1f} s: {results}  {self.folder}")
         return summary
 
+    def _continue_record(self) -> ScalarWriter:
+        """Keeps the events up to where the run starts, in metrics.jsonl and for TensorBoard."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() and self._plan.start.step else []
+        events = [json.loads(line) for line in lines if line.endswith("\n")]
+        events = [event for event in events if event["step"] <= self._plan.start.step]
+        path.write_text("".join(json.dumps(event) + "\n" for event in events))
+        shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
+        writer = ScalarWriter(self.folder / "tensorboard")
+        for event in events:
+            writer.write(event["step"], {name: value for name, value in event.items() if name not in _NOT_VALUES})
+        return writer
+
     def _wall_seconds(self) -> float:
         return time.perf_counter() - self._start
 
@@ -136,7 +178,8 @@ class _Progress:
         self._plan = plan
         self._terminal = sys.stdout.isatty() and plan.topology.world_size == 1  # mpirun gives each rank one
         self._start = self._shown_at = time.monotonic()
-        self._shown_step = 0
+        self._shown_step = plan.start.step
+        self._is_first = True
 
     def say(self, text: str) -> None:
         """Writes a line that stays."""
@@ -146,23 +189,24 @@ class _Progress:
     def show(self, step: Step, values: Mapping[str, float]) -> None:
         """Writes where training stands, unless it did so less than a second ago."""
         now = time.monotonic()
-        if self._shown_step and now - self._shown_at < 1:
+        if not self._is_first and now - self._shown_at < 1:
             return
-        total = self._plan.total_steps
-        done = (step.number - self._shown_step) * self._plan.global_batch_size
-        left = int((now - self._start) / step.number * (total - step.number))
+        done = (step.number - self._shown_step) * step.batch_size
+        begun = self._plan.progress(self._plan.start)
+        left = int((now - self._start) * (1 - step.progress) / (step.progress - begun))
         line = "  ".join(
             [
-                f"step {step.number}/{total}",
-                f"epoch {step.epoch}/{self._plan.total_epochs}",
+                f"step {step.number}",
+                f"epoch {step.epoch}",
+                f"{100 * step.progress:.0f} %",
                 *(f"{name} {value:.4g}" for name, value in values.items()),
                 f"{done / (now - self._shown_at):,.0f} examples/s",
                 f"ETA {left // 60}:{left % 60:02}",
             ]
         )
-        self._shown_at, self._shown_step = now, step.number
+        self._shown_at, self._shown_step, self._is_first = now, step.number, False
         if self._terminal:
-            filled = 20 * step.number // total
+            filled = int(20 * step.progress)
             sys.stdout.write(f"{_CLEAR_LINE}[{'#' * filled}{'.' * (20 - filled)}] {line}")
             sys.stdout.flush()
         else:

@@ -1,18 +1,35 @@
 """Which examples a replica sees at which step.
 
-The global batches of an epoch are a permutation of the dataset cut into pieces of `global_batch_size`, and depend on
-the seed and the epoch alone. A replica gets a contiguous part of each, so that the number of replicas changes who
-computes what, never what is computed.
+The global batches of an epoch are a permutation of the dataset cut into pieces, and depend on the seed and the epoch
+alone. A replica gets a contiguous part of each, so that the number of replicas changes who computes what, never what
+is computed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Self
+from types import MappingProxyType
+from typing import Any, Self
 
-from common.config import RunConfig
+from common.batch_size import BatchSizes
+from common.config import RunConfig, TrainConfig
 from common.topology import Topology
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far training has come.
+
+    Attributes:
+        step: number of optimizer steps that are done.
+        epoch: of the next example, from 1.
+        offset: number of the epoch's examples that are used up.
+    """
+
+    step: int = 0
+    epoch: int = 1
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -24,12 +41,20 @@ class Step:
         epoch: from 1.
         examples: (n,) int64, numbers of the examples that this replica takes; n may be 0 in an epoch's last step.
         global_size: number of examples of all replicas in this step.
+        batch_size: what global_size is but for an epoch's last step.
+        ends_epoch: whether it is the last step of an epoch or of the run.
+        progress: share of the run that is done with this step; 1 at the last one.
+        end: where training stands after it.
     """
 
     number: int
     epoch: int
     examples: np.ndarray
     global_size: int
+    batch_size: int
+    ends_epoch: bool
+    progress: float
+    end: Position
 
 
 @dataclass(frozen=True)
@@ -37,51 +62,74 @@ class Plan:
     """All steps of a training run as one replica sees them.
 
     Attributes:
+        train: how long the run is.
         num_examples: size of the training set.
-        global_batch_size: examples per step over all replicas; an epoch's last step has what is left.
-        epochs: number of passes over the training set.
-        max_steps: ends the run earlier; None means all epochs.
         seed: decides the order together with the epoch.
         topology: whose part is taken.
+        batch_sizes: examples per step over all replicas; an epoch's last step has what is left.
+        start: where the run begins.
+        classes: (num_examples,) given when an epoch draws all classes equally often instead of each example once.
     """
 
+    train: TrainConfig
     num_examples: int
-    global_batch_size: int
-    epochs: int
-    max_steps: int | None
     seed: int
     topology: Topology
+    batch_sizes: BatchSizes
+    start: Position = Position()
+    classes: np.ndarray | None = None
 
     @classmethod
-    def of(cls, cfg: RunConfig, num_examples: int, topology: Topology) -> Self:
-        """The plan that a configuration asks for."""
-        train = cfg.train
-        return cls(num_examples, train.global_batch_size, train.epochs, train.max_steps, cfg.seed, topology)
+    def of(
+        cls,
+        cfg: RunConfig,
+        num_examples: int,
+        topology: Topology,
+        restored: Mapping[str, Any] = MappingProxyType({}),
+        classes: np.ndarray | None = None,
+    ) -> Self:
+        """The plan that a configuration asks for, from where the restored state of a checkpoint stands."""
+        sizes = BatchSizes.from_json(cfg.train, restored["batch_sizes"]) if restored else BatchSizes(cfg.train)
+        start = Position(**restored.get("position", {}))
+        return cls(cfg.train, num_examples, cfg.seed, topology, sizes, start, classes)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Number of steps that take each example once."""
-        return -(-self.num_examples // self.global_batch_size)
+    def steps(self) -> Iterator[Step]:
+        """The steps from the start to the end of the run."""
+        position, order = self.start, np.empty(0)
+        while self.progress(position) < 1:
+            if not len(order):
+                order = self._order(position.epoch)
+            step = self._step(position, order)
+            yield step
+            if step.end.epoch > position.epoch:
+                order = np.empty(0)
+            position = step.end
 
-    @property
-    def total_steps(self) -> int:
-        """Number of steps in the whole run."""
-        all_steps = self.epochs * self.steps_per_epoch
-        return all_steps if self.max_steps is None else min(self.max_steps, all_steps)
+    def progress(self, position: Position) -> float:
+        """Share of the run that is done, by examples or by train.max_steps, whichever ends it first."""
+        examples = (position.epoch - 1) * self.num_examples + position.offset
+        by_examples = examples / (self.train.epochs * self.num_examples)
+        return max(by_examples, position.step / self.train.max_steps) if self.train.max_steps else by_examples
 
-    @property
-    def total_epochs(self) -> int:
-        """Number of epochs that are begun."""
-        return -(-self.total_steps // self.steps_per_epoch)
+    def _step(self, position: Position, order: np.ndarray) -> Step:
+        batch_size = self.batch_sizes.at(position.step + 1)
+        batch = order[position.offset : position.offset + batch_size]
+        used = position.offset + len(batch)
+        is_whole = used == self.num_examples
+        end = Position(position.step + 1, position.epoch + is_whole, 0 if is_whole else used)
+        progress = self.progress(end)
+        mine = batch[part(len(batch), self.topology)]
+        return Step(end.step, position.epoch, mine, len(batch), batch_size, is_whole or progress >= 1, progress, end)
 
-    def steps(self, epoch: int) -> Iterator[Step]:
-        """The steps of an epoch (from 1) in their order."""
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.num_examples)
-        first = (epoch - 1) * self.steps_per_epoch
-        for number in range(first + 1, min(first + self.steps_per_epoch, self.total_steps) + 1):
-            start = (number - first - 1) * self.global_batch_size
-            batch = order[start : start + self.global_batch_size]
-            yield Step(number, epoch, batch[part(len(batch), self.topology)], len(batch))
+    def _order(self, epoch: int) -> np.ndarray:
+        """(num_examples,) the numbers of the epoch's examples."""
+        random = np.random.default_rng((self.seed, epoch))
+        if self.classes is None:
+            return random.permutation(self.num_examples)
+        by_class = np.argsort(self.classes, kind="stable")
+        _, sizes = np.unique(self.classes, return_counts=True)
+        drawn = random.integers(len(sizes), size=self.num_examples)
+        return by_class[np.cumsum(sizes)[drawn] - 1 - random.integers(sizes[drawn])]
 
 
 def part(num_examples: int, topology: Topology) -> slice:

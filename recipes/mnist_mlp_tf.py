@@ -9,13 +9,21 @@ Its twin recipes/mnist_mlp_torch.py has the same functions and reads the same co
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from common import command_line, datasets, sharding
+from common import command_line, datasets, stopping
+from common.checkpoint import Checkpoints
 from common.config import MLPConfig, MnistMLPConfig
+from common.datasets.augment import Augmented
+from common.datasets.balance import class_weights, drawn_classes
 from common.learning_rate import learning_rate
 from common.run import Run, new_folder
+from common.sharding import Plan
+from common.step_sums import StepSums
 from common.tf import gradients, optimizers, runtime
+from common.tf.checkpoint import State
+from common.tf.classification import evaluate, sum_of_losses
 from common.topology import Topology
 from common.validation import validate
 
@@ -23,12 +31,6 @@ import keras
 import tensorflow as tf
 
 RECIPE = "mnist_mlp_tf"
-EVALUATION_BATCH = 1024
-
-
-def sum_of_losses(logits: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-    """Cross-entropy, summed over the examples."""
-    return tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits))
 
 
 def build_layers(cfg: MLPConfig) -> list[keras.Layer]:
@@ -40,47 +42,44 @@ def build_layers(cfg: MLPConfig) -> list[keras.Layer]:
     hidden = [
         layer
         for width in cfg.hidden_sizes
-        for layer in (keras.layers.Dense(width, "gelu"), keras.layers.Dropout(cfg.dropout))
+        for layer in (
+            keras.layers.Dense(width),
+            keras.layers.Activation("gelu"),
+            keras.layers.Dropout(cfg.dropout),
+        )
     ]
     return [keras.layers.Flatten(), *hidden, keras.layers.Dense(10)]
 
 
 def make_train_step(
-    model: keras.Model, optimizer: keras.Optimizer, topology: Topology, cfg: MnistMLPConfig
-) -> Callable[..., tf.Tensor]:
-    """Returns the compiled step: (inputs, targets, global_size) -> loss."""
+    model: keras.Model,
+    loss_function: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    optimizer: keras.Optimizer,
+    topology: Topology,
+    cfg: MnistMLPConfig,
+) -> Callable[..., StepSums]:
+    """Returns the compiled step: (inputs, targets, global_size, stop) -> sums."""
 
     @tf.function(
         input_signature=[
             tf.TensorSpec((None, 28, 28), cfg.precision.dtype.name),
             tf.TensorSpec((None,), tf.int64),
             tf.TensorSpec((), tf.int32),
+            tf.TensorSpec((), tf.bool),
         ]
     )
-    def train_step(inputs: tf.Tensor, targets: tf.Tensor, global_size: tf.Tensor) -> tf.Tensor:
-        """One optimizer step; returns this rank's share of the global batch's mean loss."""
+    def train_step(inputs: tf.Tensor, targets: tf.Tensor, global_size: tf.Tensor, stop: tf.Tensor) -> StepSums:
+        """One optimizer step; returns the global batch's mean loss and what else travelled with the gradients."""
         loss, grads = gradients.forward_backward(
-            model, sum_of_losses, inputs, targets, cfg.parallel.num_micro_batches, global_size
+            model, loss_function, inputs, targets, cfg.parallel.num_micro_batches, global_size
         )
-        grads = gradients.sum_over_replicas(grads, topology)
+        share = tf.shape(inputs)[0] / global_size
+        sums, grads = gradients.exchange(grads, topology, loss, stop, share, cfg.train.measures_noise)
         grads = gradients.clip_global_norm(grads, cfg.train.clip_norm)
         optimizer.apply(grads, model.trainable_variables)
-        return loss
+        return sums
 
     return train_step
-
-
-def evaluate(model: keras.Model, split: datasets.Split, topology: Topology, cfg: MnistMLPConfig) -> dict[str, float]:
-    """Loss and accuracy on the whole split; each example is counted once, on one rank."""
-    loss = correct = count = 0.0
-    for part in sharding.evaluation_batches(len(split), EVALUATION_BATCH, topology):
-        inputs, targets = runtime.to_tensors(split.take(part), cfg.precision)
-        logits = model(inputs, training=False)
-        loss += float(sum_of_losses(logits, targets))
-        correct += float(tf.reduce_sum(tf.cast(tf.argmax(logits, axis=-1) == targets, tf.int32)))
-        count += len(targets)
-    loss, correct, count = runtime.sum_over_ranks(loss, correct, count)
-    return {"test_loss": loss / count, "test_accuracy": correct / count}
 
 
 def train(cfg: MnistMLPConfig) -> dict[str, Any]:
@@ -88,30 +87,32 @@ def train(cfg: MnistMLPConfig) -> dict[str, Any]:
     topology = runtime.init()
     with runtime.joint_check():
         validate(cfg, topology)
-        datasets.fetch(cfg.data, topology)
+        datasets.prepare(cfg.data, topology)
     with runtime.joint_check():
-        train_split, test_split = datasets.load(cfg.data)
+        images, test_set = datasets.load_images(cfg.data)
+    train_set = Augmented(images, cfg.data, cfg.seed)
     cfg.run.dir = runtime.from_rank_zero(new_folder(cfg, RECIPE))
 
     runtime.seed(cfg.seed, topology)
     runtime.set_dtype(cfg.precision)
     model = keras.Sequential([keras.Input((28, 28)), *build_layers(cfg.model)])
     optimizer = optimizers.build(cfg.optimizer, model)
-    runtime.broadcast_state(model, optimizer)
-    train_step = make_train_step(model, optimizer, topology, cfg)
+    checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer), runtime, topology)
+    plan = Plan.of(cfg, len(train_set), topology, checkpoints.restore(), drawn_classes(cfg.data, images))
+    weights = runtime.to_tensor(class_weights(cfg.data, images), cfg.precision)
+    train_step = make_train_step(model, partial(sum_of_losses, class_weights=weights), optimizer, topology, cfg)
 
-    plan = sharding.Plan.of(cfg, len(train_split), topology)
     run = Run(cfg, RECIPE, plan)
-    for epoch in range(1, plan.total_epochs + 1):
-        for step in run.track(plan.steps(epoch)):
-            lr = learning_rate(step.number, plan.total_steps, cfg.optimizer.lr, cfg.lr_schedule)
-            optimizers.set_learning_rate(optimizer, lr)
-            inputs, targets = runtime.to_tensors(train_split.take(step.examples), cfg.precision)
-            loss = train_step(inputs, targets, step.global_size)
-            if run.is_log_due(step):
-                (train_loss,) = runtime.sum_over_ranks(loss)
-                run.log(step, lr=lr, train_loss=train_loss)
-        run.log(step, **evaluate(model, test_split, topology, cfg))
+    for step, batch in run.steps(train_set):
+        lr = learning_rate(step, cfg)
+        optimizers.set_learning_rate(optimizer, lr)
+        runtime.seed_dropout(model, cfg.seed, topology, step.number)
+        inputs, targets = runtime.to_tensors(batch, cfg.precision)
+        sums = train_step(inputs, targets, step.global_size, stopping.requested())
+        run.record(step, lr, sums)
+        if step.ends_epoch:
+            run.log(step, **evaluate(model, test_set, topology, cfg))
+        checkpoints.save_if_due(step, sums, plan)
     return run.finish(gradients.num_values(model.trainable_variables), runtime.check_in_sync(model))
 
 

@@ -9,33 +9,29 @@ Its twin recipes/mnist_mlp_tf.py has the same functions and reads the same conf/
 """
 
 import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from common import command_line, datasets, sharding
+from common import command_line, datasets
+from common.checkpoint import Checkpoints
 from common.config import MLPConfig, MnistMLPConfig
+from common.datasets.augment import Augmented
+from common.datasets.balance import class_weights, drawn_classes
 from common.learning_rate import learning_rate
 from common.run import Run, new_folder
-from common.topology import Topology
-from common.torch import optimizers, runtime
+from common.sharding import Plan
+from common.step_sums import StepSums
+from common.torch import layers, optimizers, runtime
+from common.torch.checkpoint import State
+from common.torch.classification import evaluate, sum_of_losses
 from common.torch.gradients import Gradients, forward_backward
 from common.validation import validate
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 RECIPE = "mnist_mlp_torch"
-EVALUATION_BATCH = 1024
-sum_of_losses = partial(F.cross_entropy, reduction="sum")
-
-
-def dense(fan_in: int, fan_out: int) -> nn.Linear:
-    """A linear layer with Keras' initial weights (Glorot and Bengio, 2010), so that the twins start alike."""
-    layer = nn.Linear(fan_in, fan_out)
-    nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 def build_layers(cfg: MLPConfig) -> list[nn.Module]:
@@ -46,44 +42,29 @@ def build_layers(cfg: MLPConfig) -> list[nn.Module]:
     """
     widths = [28 * 28, *cfg.hidden_sizes]
     hidden = [
-        nn.Sequential(dense(fan_in, fan_out), nn.GELU(), nn.Dropout(cfg.dropout))
+        layer
         for fan_in, fan_out in itertools.pairwise(widths)
+        for layer in (layers.dense(fan_in, fan_out), nn.GELU(), nn.Dropout(cfg.dropout))
     ]
-    return [nn.Flatten(), *hidden, dense(widths[-1], 10)]
+    return [nn.Flatten(), *hidden, layers.dense(widths[-1], 10)]
 
 
 def train_step(
     model: nn.Module,
+    loss_function: Callable[[Tensor, Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
     gradients: Gradients,
     inputs: Tensor,
     targets: Tensor,
     global_size: int,
     cfg: MnistMLPConfig,
-) -> Tensor:
-    """One optimizer step; returns this rank's share of the global batch's mean loss."""
-    loss = forward_backward(
-        model, sum_of_losses, inputs, targets, cfg.parallel.num_micro_batches, global_size, gradients
-    )
+) -> StepSums:
+    """One optimizer step; returns the global batch's mean loss and what else travelled with the gradients."""
+    num_micro_batches = cfg.parallel.num_micro_batches
+    sums = forward_backward(model, loss_function, inputs, targets, num_micro_batches, global_size, gradients)
     gradients.clip_global_norm(cfg.train.clip_norm)
     optimizer.step()
-    return loss
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, split: datasets.Split, topology: Topology, cfg: MnistMLPConfig) -> dict[str, float]:
-    """Loss and accuracy on the whole split; each example is counted once, on one rank."""
-    model.eval()
-    loss = correct = count = 0.0
-    for part in sharding.evaluation_batches(len(split), EVALUATION_BATCH, topology):
-        inputs, targets = runtime.to_tensors(split.take(part), cfg.precision, runtime.device(topology))
-        logits = model(inputs)
-        loss += sum_of_losses(logits, targets).item()
-        correct += (logits.argmax(dim=-1) == targets).sum().item()
-        count += len(targets)
-    model.train()
-    loss, correct, count = runtime.sum_over_ranks(loss, correct, count)
-    return {"test_loss": loss / count, "test_accuracy": correct / count}
+    return sums
 
 
 def train(cfg: MnistMLPConfig) -> dict[str, Any]:
@@ -91,30 +72,33 @@ def train(cfg: MnistMLPConfig) -> dict[str, Any]:
     topology = runtime.init()
     with runtime.joint_check():
         validate(cfg, topology)
-        datasets.fetch(cfg.data, topology)
+        datasets.prepare(cfg.data, topology)
     with runtime.joint_check():
-        train_split, test_split = datasets.load(cfg.data)
+        images, test_set = datasets.load_images(cfg.data)
+    train_set = Augmented(images, cfg.data, cfg.seed)
     cfg.run.dir = runtime.from_rank_zero(new_folder(cfg, RECIPE))
 
     runtime.seed(cfg.seed, topology)
-    model = nn.Sequential(*build_layers(cfg.model)).to(runtime.device(topology), runtime.dtype(cfg.precision))
+    device = runtime.device(topology)
+    model = nn.Sequential(*build_layers(cfg.model)).to(device, runtime.dtype(cfg.precision))
     optimizer = optimizers.build(cfg.optimizer, model)
-    runtime.broadcast_state(model, optimizer)
-    gradients = Gradients(model.parameters(), topology)
+    checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer), runtime, topology)
+    plan = Plan.of(cfg, len(train_set), topology, checkpoints.restore(), drawn_classes(cfg.data, images))
+    gradients = Gradients(model.parameters(), topology, cfg.train.measures_noise)
+    weights = runtime.to_tensor(class_weights(cfg.data, images), cfg.precision, device)
+    loss_function = partial(sum_of_losses, class_weights=weights)
 
-    plan = sharding.Plan.of(cfg, len(train_split), topology)
     run = Run(cfg, RECIPE, plan)
-    for epoch in range(1, plan.total_epochs + 1):
-        for step in run.track(plan.steps(epoch)):
-            lr = learning_rate(step.number, plan.total_steps, cfg.optimizer.lr, cfg.lr_schedule)
-            optimizers.set_learning_rate(optimizer, lr)
-            examples = train_split.take(step.examples)
-            inputs, targets = runtime.to_tensors(examples, cfg.precision, runtime.device(topology))
-            loss = train_step(model, optimizer, gradients, inputs, targets, step.global_size, cfg)
-            if run.is_log_due(step):
-                (train_loss,) = runtime.sum_over_ranks(loss)
-                run.log(step, lr=lr, train_loss=train_loss)
-        run.log(step, **evaluate(model, test_split, topology, cfg))
+    for step, batch in run.steps(train_set):
+        lr = learning_rate(step, cfg)
+        optimizers.set_learning_rate(optimizer, lr)
+        runtime.seed(cfg.seed, topology, step.number)
+        inputs, targets = runtime.to_tensors(batch, cfg.precision, device)
+        sums = train_step(model, loss_function, optimizer, gradients, inputs, targets, step.global_size, cfg)
+        run.record(step, lr, sums)
+        if step.ends_epoch:
+            run.log(step, **evaluate(model, test_set, topology, cfg))
+        checkpoints.save_if_due(step, sums, plan)
     return run.finish(gradients.num_values, runtime.check_in_sync(model))
 
 

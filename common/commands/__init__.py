@@ -16,13 +16,13 @@ def parse(schema: type[T], words: Sequence[str]) -> T:
     """The arguments of a command.
 
     Args:
-        schema: a dataclass; fields that are MISSING must be given.
+        schema: a dataclass; fields that are MISSING must be given. The key of run_dir is run.dir.
         words: key=value each.
 
     Raises:
         ConfigError: a word names no field, has a value of the wrong type, or a field is not given.
     """
-    names = [field.name for field in dataclasses.fields(schema)]  # type: ignore[arg-type]
+    names = {_key(field.name): field.name for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
     cfg = OmegaConf.structured(schema)
     problems = []
     for word in words:
@@ -31,13 +31,17 @@ def parse(schema: type[T], words: Sequence[str]) -> T:
             problems.append(f"{word}: no such key; valid keys: {', '.join(names)}, written key=value")
             continue
         try:
-            cfg[key] = None if value == "null" else value  # converted to the field's type
+            cfg[names[key]] = None if value == "null" else value  # converted to the field's type
         except OmegaConfBaseException as error:
             problems.append(f"{word}: wrong type: {str(error).splitlines()[0]}")
-    missing = [name for name in names if OmegaConf.is_missing(cfg, name)]
-    if not problems and missing:
-        problems = [f"{name}=: must be given" for name in missing]
+    if not problems:
+        problems = [f"{key}=: must be given" for key, name in names.items() if OmegaConf.is_missing(cfg, name)]
     if problems:
         raise ConfigError(problems)
     arguments: T = OmegaConf.to_object(cfg)  # type: ignore[assignment]
     return arguments
+
+
+def _key(name: str) -> str:
+    """How a field is written on the command line."""
+    return "run.dir" if name == "run_dir" else name

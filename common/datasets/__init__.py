@@ -5,10 +5,10 @@ from common.datasets import digits, mnist
 from common.datasets.split import Split
 from common.topology import Topology
 
-__all__ = ["Split", "fetch", "load"]
+__all__ = ["Split", "load_images", "prepare"]
 
 
-def fetch(cfg: DataConfig, topology: Topology) -> None:
+def prepare(cfg: DataConfig, topology: Topology) -> None:
     """Fetches what the source needs and the host does not have; done by one rank per host.
 
     Raises:
@@ -18,7 +18,7 @@ def fetch(cfg: DataConfig, topology: Topology) -> None:
         mnist.fetch(mnist.cache_folder())
 
 
-def load(cfg: DataConfig) -> tuple[Split, Split]:
+def load_images(cfg: DataConfig) -> tuple[Split, Split]:
     """The training and the test split of a source that has been fetched.
 
     Raises:

@@ -1,6 +1,10 @@
-"""A set of labelled images in memory."""
+"""A set of labelled images, in memory or in shards on disk."""
 
 from dataclasses import dataclass
+from functools import cached_property
+
+from common.datasets.examples import Array, Batch
+from common.datasets.fingerprint import fingerprint
 
 import numpy as np
 
@@ -14,12 +18,17 @@ class Split:
         classes: (N,) uint8, 0 .. 9.
     """
 
-    images: np.ndarray
-    classes: np.ndarray
+    images: Array
+    classes: Array
 
     def __len__(self) -> int:
         return len(self.classes)
 
-    def take(self, examples: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of images and classes, in hexadecimal."""
+        return fingerprint(images=self.images, classes=self.classes)
+
+    def take(self, examples: np.ndarray | slice, epoch: int = 0) -> Batch:
         """The chosen examples as a model wants them: images (B, 28, 28) float32 in [0, 1], classes (B,) int64."""
         return self.images[examples].astype(np.float32) / 255, self.classes[examples].astype(np.int64)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from common import buckets
+from common.step_sums import StepSums
 from common.topology import Topology
 
 import horovod.tensorflow as hvd
@@ -69,6 +70,40 @@ def sum_over_replicas(
         for index, member, part in zip(indices, members, parts, strict=True):
             summed[index] = tf.reshape(part, member.shape)
     return summed
+
+
+def exchange(
+    gradients: Sequence[tf.Tensor],
+    topology: Topology,
+    loss: tf.Tensor,
+    stop: tf.Tensor,
+    share: tf.Tensor,
+    measure_noise: bool = False,
+) -> tuple[StepSums, list[tf.Tensor]]:
+    """The sums of the gradients over the replicas, and scalars that travel with them.
+
+    Args:
+        gradients: of this rank's share of the global batch's mean loss.
+        topology: whose replicas take part.
+        loss: () this rank's share of the global batch's mean loss.
+        stop: () bool, whether this rank was asked to stop.
+        share: () this rank's share of the examples of the global batch; needed to measure the noise alone.
+        measure_noise: also takes the squared norms that the gradient noise scale needs.
+    """
+    dtype = gradients[0].dtype
+    zero = tf.zeros((), dtype)
+    # The gradients are sums over this rank's examples, divided by the global batch's size.
+    mean = tf.math.divide_no_nan(squared_norm(gradients), tf.cast(share, dtype) ** 2) if measure_noise else zero
+    scalars = tf.stack([tf.cast(loss, dtype), tf.cast(stop, dtype), mean / topology.num_replicas, zero])
+    # As the first gradient they travel in the bucket that backward finishes last.
+    scalars, *summed = sum_over_replicas([scalars, *gradients], topology)
+    loss, stop, local, _ = tf.unstack(scalars)
+    return StepSums(loss, stop, local, squared_norm(summed) if measure_noise else zero), summed
+
+
+def squared_norm(gradients: Sequence[tf.Tensor]) -> tf.Tensor:
+    """() the sum of the squares of all values."""
+    return tf.add_n([tf.reduce_sum(tf.square(gradient)) for gradient in gradients])
 
 
 def clip_global_norm(gradients: Sequence[tf.Tensor], max_norm: float) -> list[tf.Tensor]:

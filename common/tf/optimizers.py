@@ -47,6 +47,19 @@ def build(cfg: OptimizerConfig, model: keras.Model) -> keras.Optimizer:
     AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, https://arxiv.org/abs/1711.05101; only
     variables of two or more dimensions decay.
     """
+    optimizer = _build(cfg, model)
+    optimizer.build(model.trainable_variables)  # from the start, so that a checkpoint or rank 0 has where to put it
+    return optimizer
+
+
+def moments(optimizer: keras.Optimizer) -> dict[str, list[keras.Variable]]:
+    """The variables of the optimizer's state, in the order of the trainable ones, by their names in a checkpoint."""
+    if isinstance(optimizer, AdamW):
+        return {"first_moment": optimizer._momentums, "second_moment": optimizer._velocities}
+    return {"momentum": optimizer.momentums} if optimizer.momentum else {}
+
+
+def _build(cfg: OptimizerConfig, model: keras.Model) -> keras.Optimizer:
     if isinstance(cfg, SGDConfig):
         return SGD(cfg.lr, cfg.momentum)
     if isinstance(cfg, AdamWConfig):

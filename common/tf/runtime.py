@@ -50,16 +50,29 @@ def set_dtype(cfg: PrecisionConfig) -> None:
 
 
 def seed(number: int, topology: Topology) -> None:
-    """Seeds this rank's random numbers; rank 0's decide the initial weights, each rank's its dropout."""
-    keras.utils.set_random_seed(int(np.random.SeedSequence((number, topology.rank)).generate_state(1)[0]))
+    """Seeds this rank's random numbers; rank 0's decide the initial weights."""
+    keras.utils.set_random_seed(_seed(number, topology, 0))
+
+
+def seed_dropout(model: keras.Model, number: int, topology: Topology, step: int) -> None:
+    """Makes this rank's dropout of a step a matter of the seed and the step alone."""
+    for place, state in enumerate(model.non_trainable_variables):
+        if state.path.endswith("seed_generator_state"):
+            state.assign([_seed(number, topology, step), place])
+
+
+def _seed(number: int, topology: Topology, step: int) -> int:
+    return int(np.random.SeedSequence((number, topology.rank, step)).generate_state(1)[0])
+
+
+def to_tensor(array: np.ndarray, cfg: PrecisionConfig) -> tf.Tensor:
+    """The array as a tensor; in the run's dtype when it is floating-point."""
+    return tf.constant(array, cfg.dtype.name if np.issubdtype(array.dtype, np.floating) else array.dtype)
 
 
 def to_tensors(arrays: Iterable[np.ndarray], cfg: PrecisionConfig) -> list[tf.Tensor]:
     """The arrays as tensors; floating-point ones in the run's dtype."""
-    return [
-        tf.constant(array, cfg.dtype.name if np.issubdtype(array.dtype, np.floating) else array.dtype)
-        for array in arrays
-    ]
+    return [to_tensor(array, cfg) for array in arrays]
 
 
 def gather_json(value: Any) -> list[Any]:
@@ -89,7 +102,6 @@ def sum_over_ranks(*values: float | tf.Tensor) -> list[float]:
 
 def broadcast_state(model: keras.Model, optimizer: keras.Optimizer) -> None:
     """Gives all ranks rank 0's weights and optimizer state, in one message per dtype."""
-    optimizer.build(model.trainable_variables)
     variables = [*model.weights, *optimizer.variables]
     for dtype in {variable.dtype: None for variable in variables}:
         same = [variable for variable in variables if variable.dtype == dtype]

@@ -12,6 +12,41 @@ def build(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, https://arxiv.org/abs/1711.05101; only
     parameters of two or more dimensions decay.
     """
+    optimizer = _build(cfg, model)
+    for parameter in model.parameters():  # from the start, so that a checkpoint or rank 0 has where to put it
+        optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in _names(optimizer).values()}
+        if isinstance(optimizer, torch.optim.AdamW):
+            optimizer.state[parameter]["step"] = torch.zeros((), device=parameter.device)
+    return optimizer
+
+
+def moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of the optimizer's state by their names in a checkpoint, such as 1.weight.momentum."""
+    named = dict(model.named_parameters())
+    by_name = {
+        f"{parameter}.{canonical}": optimizer.state[named[parameter]][name]
+        for canonical, name in _names(optimizer).items()
+        for parameter in named
+    }
+    if isinstance(optimizer, torch.optim.AdamW):
+        by_name["num_updates"] = optimizer.state[next(iter(named.values()))]["step"]
+    return by_name
+
+
+def set_num_updates(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Sets the number of updates that AdamW's bias correction counts."""
+    for state in optimizer.state.values():
+        state["step"].fill_(value)
+
+
+def _names(optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    """A parameter's state: name in a checkpoint -> PyTorch's name."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        return {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}
+    return {"momentum": "momentum_buffer"} if optimizer.defaults["momentum"] else {}
+
+
+def _build(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     if isinstance(cfg, SGDConfig):
         return torch.optim.SGD(model.parameters(), cfg.lr, cfg.momentum, fused=True)
     if isinstance(cfg, AdamWConfig):

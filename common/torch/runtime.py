@@ -45,15 +45,20 @@ def dtype(cfg: PrecisionConfig) -> torch.dtype:
     return value
 
 
-def seed(number: int, topology: Topology) -> None:
-    """Seeds this rank's random numbers; rank 0's decide the initial weights, each rank's its dropout."""
-    torch.manual_seed(int(np.random.SeedSequence((number, topology.rank)).generate_state(1)[0]))
+def seed(number: int, topology: Topology, step: int = 0) -> None:
+    """Seeds this rank's random numbers from a step on; 0: rank 0's decide the initial weights, later ones dropout."""
+    torch.manual_seed(int(np.random.SeedSequence((number, topology.rank, step)).generate_state(1)[0]))
+
+
+def to_tensor(array: np.ndarray, cfg: PrecisionConfig, where: torch.device) -> Tensor:
+    """The array on the device; in the run's dtype when it is floating-point."""
+    tensor = torch.from_numpy(array)
+    return tensor.to(where, dtype(cfg) if tensor.is_floating_point() else tensor.dtype)
 
 
 def to_tensors(arrays: Iterable[np.ndarray], cfg: PrecisionConfig, where: torch.device) -> list[Tensor]:
     """The arrays on the device; floating-point ones in the run's dtype."""
-    tensors = [torch.from_numpy(array) for array in arrays]
-    return [tensor.to(where, dtype(cfg) if tensor.is_floating_point() else tensor.dtype) for tensor in tensors]
+    return [to_tensor(array, cfg, where) for array in arrays]
 
 
 def gather_json(value: Any) -> list[Any]:

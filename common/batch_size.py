@@ -1,0 +1,98 @@
+"""The global batch size of each step: constant, growing at given steps, or following the gradient noise scale.
+
+When the batch grows, so does the learning rate: in proportion for SGD (Goyal et al., "Accurate, Large Minibatch SGD",
+2017, https://arxiv.org/abs/1706.02677, section 2.1), by the square root for AdamW (Malladi et al., "On the SDEs and
+Scaling Rules for Adaptive Gradient Algorithms", 2022, https://arxiv.org/abs/2205.10287, definition 5.2).
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from common.config import BatchSchedule, OptimizerConfig, SGDConfig, TrainConfig
+
+# A change takes effect so many steps later, as the steps in between have been read ahead (common/read_ahead.py).
+DELAY = 4
+SMOOTHING = 0.95  # of the two averages that the noise scale is the quotient of
+MIN_STEPS = 50  # between two changes, so that the averages are of the batch size that is judged
+
+
+@dataclass
+class BatchSizes:
+    """The batch size of each step, as far as it is known.
+
+    Attributes:
+        cfg: how the batch grows.
+        changes: (first step, size), ascending; the first is (1, train.global_batch_size).
+        noise: smoothed estimate of the trace of the gradients' covariance.
+        signal: smoothed estimate of the squared norm of the true gradient.
+    """
+
+    cfg: TrainConfig
+    changes: list[tuple[int, int]] = field(default_factory=list)
+    noise: float = 0.0
+    signal: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.changes:
+            return
+        self.changes = [(1, self.cfg.global_batch_size)]
+        if self.cfg.batch_schedule is BatchSchedule.steps:
+            for step in self.cfg.batch_growth_steps:
+                self._double_after(step)
+
+    @classmethod
+    def from_json(cls, cfg: TrainConfig, content: dict[str, Any]) -> Self:
+        """The batch sizes as a checkpoint has them; those to come follow the configuration."""
+        sizes = cls(cfg)
+        if cfg.batch_schedule is BatchSchedule.noise_scale:
+            sizes.changes = [(step, size) for step, size in content["changes"]]
+            sizes.noise, sizes.signal = content["noise"], content["signal"]
+        return sizes
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {"changes": self.changes, "noise": self.noise, "signal": self.signal}
+
+    def at(self, step: int) -> int:
+        """The batch size of a step (from 1)."""
+        return next(size for first, size in reversed(self.changes) if first <= step)
+
+    @property
+    def noise_scale(self) -> float:
+        """The batch size at which noise and signal of a gradient are level; 0 until it is known."""
+        return self.noise / self.signal if self.signal > 0 else 0.0
+
+    def observe(self, step: int, local: float, whole: float, local_size: float, global_size: int) -> None:
+        """Takes in the squared norms of one step's gradients, and doubles the batch when the noise scale has passed it.
+
+        Source: McCandlish et al., "An Empirical Model of Large-Batch Training", 2018,
+        https://arxiv.org/abs/1812.06162 (appendix A.1)
+
+        Args:
+            step: its number, from 1.
+            local: mean over the ranks of the squared norm of the mean gradient of a rank's examples.
+            whole: squared norm of the mean gradient of all examples, before clipping.
+            local_size: mean number of examples of a rank.
+            global_size: number of examples of all ranks; more than local_size.
+        """
+        signal = (global_size * whole - local_size * local) / (global_size - local_size)
+        noise = (local - whole) / (1 / local_size - 1 / global_size)
+        self.signal = SMOOTHING * self.signal + (1 - SMOOTHING) * signal
+        self.noise = SMOOTHING * self.noise + (1 - SMOOTHING) * noise
+        last_change, size = self.changes[-1]
+        if step >= last_change + MIN_STEPS and self.noise_scale > size:
+            self._double_after(step + DELAY)
+
+    def _double_after(self, step: int) -> None:
+        size = 2 * self.changes[-1][1]
+        if self.cfg.max_batch_size:
+            size = min(size, self.cfg.max_batch_size)
+        if size > self.changes[-1][1]:
+            self.changes.append((step + 1, size))
+
+
+def learning_rate_factor(size: int, initial_size: int, optimizer: OptimizerConfig) -> float:
+    """By how much the learning rate grows when the batch has grown from initial_size to size."""
+    growth = size / initial_size
+    return growth if isinstance(optimizer, SGDConfig) else math.sqrt(growth)

@@ -1,0 +1,307 @@
+"""Checkpoints: what training needs to go on, in a form that belongs to no framework.
+
+A checkpoint is a folder <run.dir>/checkpoints/step-<number> with the arrays as safetensors and the rest as JSON. It is
+written beside its final place, hashed and renamed, so that what has the name is whole. Arrays have PyTorch's names and
+layouts (common/tf/checkpoint.py translates): a checkpoint of one framework is resumed in the other.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+from common import ledger
+from common.agreement import Runtime
+from common.config import ConfigError, RunConfig, leaves, to_dict
+from common.sharding import Plan, Step
+from common.step_sums import StepSums
+from common.stopping import Stopped
+from common.topology import Topology
+
+import numpy as np
+
+Arrays = Mapping[str, np.ndarray]
+
+WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+# Keys that may change between a checkpoint and the run that resumes it: the loss curve does not depend on them. What
+# keys of data change in the examples themselves, the fingerprint tells.
+FREE = ("resume.", "run.", "parallel.", "data.", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints")
+FIXED = ("data.balance", "data.max_shift", "data.max_rotation")
+
+
+class State(Protocol):
+    """What a binding's checkpoint module offers of a model and its optimizer."""
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The weights by name, as copies."""
+
+    def moments(self) -> dict[str, np.ndarray]:
+        """The optimizer's state by name, as copies."""
+
+    def load(self, weights: Arrays, moments: Arrays) -> None:
+        """Takes both over."""
+
+    def broadcast(self) -> None:
+        """Gives all ranks rank 0's weights and optimizer state."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read.
+
+    Attributes:
+        folder: where it lies.
+        weights: by name.
+        moments: the optimizer's state, by name.
+        state: the rest: task, position, batch_sizes, config, fingerprint, versions, and what the task adds.
+    """
+
+    folder: Path
+    weights: Arrays
+    moments: Arrays
+    state: dict[str, Any]
+
+
+def write(folder: Path, weights: Arrays, moments: Arrays, state: dict[str, Any]) -> None:
+    """Writes a checkpoint; the folder has its name when everything is on the disk."""
+    from safetensors.numpy import save
+
+    contents = {WEIGHTS: save(dict(weights)), OPTIMIZER: save(dict(moments))}
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    contents[STATE] = json.dumps(state | {"sha256": hashes}, indent=2).encode()
+    for leftover in folder.parent.glob(".*.unfinished"):
+        shutil.rmtree(leftover)
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    unfinished.mkdir(parents=True)
+    for name, content in contents.items():
+        with (unfinished / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    shutil.rmtree(folder, ignore_errors=True)  # of the same step, when a run redoes it
+    unfinished.rename(folder)
+
+
+def read(folder: Path) -> Checkpoint:
+    """Reads a checkpoint and checks that it is whole.
+
+    Raises:
+        ConfigError: it is not; the message names the folder.
+    """
+    from safetensors.numpy import load
+
+    try:
+        state = json.loads((folder / STATE).read_bytes())
+        contents = {name: (folder / name).read_bytes() for name in (WEIGHTS, OPTIMIZER)}
+        for name, content in contents.items():
+            if hashlib.sha256(content).hexdigest() != state["sha256"][name]:
+                raise ValueError(f"{name} was cut off or altered: its SHA-256 is not that of {STATE}")
+        return Checkpoint(folder, load(contents[WEIGHTS]), load(contents[OPTIMIZER]), state)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError([f"{folder}: is no sound checkpoint: {reason}"]) from error
+
+
+def newest(run_folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest sound checkpoint of a run, and what is wrong with newer ones."""
+    problems: list[str] = []
+    for folder in sorted((run_folder / "checkpoints").glob("step-*"), reverse=True):
+        try:
+            return read(folder), problems
+        except ConfigError as error:
+            problems += error.problems
+    return None, problems
+
+
+def find(path: Path) -> Checkpoint:
+    """The checkpoint at a path, or the newest sound one of the run at a path.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if (path / STATE).exists() or path.name.startswith("step-"):
+        return read(path)
+    checkpoint, problems = newest(path)
+    if checkpoint is None:
+        raise ConfigError([f"{path}: has no sound checkpoint", *problems])
+    return checkpoint
+
+
+class Checkpoints:
+    """Saves the checkpoints of one run, and restores it from one.
+
+    Args:
+        cfg: the configuration, with run.dir set.
+        recipe: name of the recipe's module, <task>_<framework>.
+        fingerprint: of the training set.
+        state: the model and its optimizer.
+        runtime: how ranks agree.
+        topology: rank 0 reads and writes.
+        extras: what else a checkpoint is to hold, such as the tokenizer; values are what JSON can hold.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        recipe: str,
+        fingerprint: str,
+        state: State,
+        runtime: Runtime,
+        topology: Topology,
+        extras: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._cfg, self._state, self._runtime = cfg, state, runtime
+        self._writes_here = topology.rank == 0
+        task, _, framework = recipe.rpartition("_")
+        self._identity = {
+            "task": task,
+            "framework": framework,
+            "fingerprint": fingerprint,
+            "config": to_dict(cfg),
+            "versions": {name: sys.modules[name].__version__ for name in _LIBRARIES if name in sys.modules},
+            **(extras or {}),
+        }
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
+        self._writing: Future[None] | None = None
+
+    def restore(self) -> dict[str, Any]:
+        """Gives all ranks the weights and optimizer state of the checkpoint to resume from, or rank 0's.
+
+        Returns:
+            The checkpoint's state, or {} when training starts at the beginning.
+
+        Raises:
+            ConfigError: there is no such checkpoint, or it does not suit this run.
+        """
+        state: dict[str, Any] = {}
+        with self._runtime.joint_check():
+            if self._writes_here:
+                state = self._load()
+        self._state.broadcast()
+        restored: dict[str, Any] = self._runtime.from_rank_zero(state)
+        return restored
+
+    def save_if_due(self, step: Step, sums: StepSums, plan: Plan) -> None:
+        """Saves a checkpoint every train.checkpoint_every steps, at the end and when a rank was asked to stop.
+
+        Raises:
+            ConfigError: it could not be written; raised at the next one where it is not the last.
+            Stopped: a rank was asked to stop; the checkpoint is there.
+        """
+        every = self._cfg.train.checkpoint_every
+        is_stop = float(sums.stop) > 0 and step.progress < 1
+        is_last = step.progress >= 1 or is_stop
+        if not is_last and not (every and step.number % every == 0):
+            return
+        with self._runtime.joint_check():
+            if self._writes_here:
+                self._wait()
+                self._writing = self._writer.submit(self._write, *self._snapshot(step, plan))
+                if is_last:
+                    self._wait()
+        if is_stop:
+            raise Stopped(
+                f"stopped at step {step.number}, as asked by a signal; the same command with run.dir={self._cfg.run.dir} "
+                "goes on from there"
+            )
+
+    def _snapshot(self, step: Step, plan: Plan) -> tuple[int, Arrays, Arrays, dict[str, Any]]:
+        state = self._identity | {
+            "position": dataclasses.asdict(step.end),
+            "batch_sizes": plan.batch_sizes.to_json(),
+            "world_size": plan.topology.world_size,
+        }
+        return step.number, self._state.weights(), self._state.moments(), state
+
+    def _write(self, step: int, weights: Arrays, moments: Arrays, state: dict[str, Any]) -> None:
+        folder = _folder(self._cfg) / f"step-{step:08}"
+        write(folder, weights, moments, state)
+        for old in sorted(folder.parent.glob("step-*"))[: -self._cfg.train.keep_checkpoints]:
+            shutil.rmtree(old)
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+
+    def _load(self) -> dict[str, Any]:
+        """Loads the checkpoint that the configuration asks for into the model; returns its state."""
+        checkpoint = self._chosen()
+        start = 0
+        if checkpoint is not None:
+            problems = list(self._problems(checkpoint))
+            if problems:
+                raise ConfigError(problems)
+            same_optimizer = checkpoint.state["config"]["optimizer"]["name"] == self._cfg.optimizer.name
+            self._state.load(checkpoint.weights, checkpoint.moments if same_optimizer else {})
+            start = checkpoint.state["position"]["step"]
+            if checkpoint.state["fingerprint"] != self._identity["fingerprint"]:
+                checkpoint.state["position"]["offset"] = 0
+        ledger.drop(Path(str(self._cfg.run.dir)), start)
+        return {} if checkpoint is None else checkpoint.state
+
+    def _chosen(self) -> Checkpoint | None:
+        source, own = self._cfg.resume.source, sorted(_folder(self._cfg).glob("step-*"))
+        if source not in ("auto", "never"):
+            return find(Path(source))
+        if not own:
+            return None
+        if source == "never":
+            raise ConfigError(
+                [f"run.dir={self._cfg.run.dir}: holds checkpoints, which resume=never would lose; use resume=auto or "
+                 "another folder"]
+            )  # fmt: skip
+        checkpoint, problems = newest(Path(str(self._cfg.run.dir)))
+        if checkpoint is None:
+            raise ConfigError([*problems, f"run.dir={self._cfg.run.dir}: no checkpoint is left; start in another folder"])
+        for problem in problems:
+            print(f"{problem}; going on from {checkpoint.folder.name}", file=sys.stderr, flush=True)
+        return checkpoint
+
+    def _problems(self, checkpoint: Checkpoint) -> Iterator[str]:
+        """Why this run cannot go on from the checkpoint."""
+        state, allowed = checkpoint.state, self._cfg.resume.allow_changes
+        if state["task"] != self._identity["task"]:
+            yield f"{checkpoint.folder}: is a checkpoint of {state['task']}, not of {self._identity['task']}"
+            return
+        if state["fingerprint"] != self._identity["fingerprint"] and "data" not in allowed:
+            yield f"data: the training examples are not those of {checkpoint.folder}; {_remedy('data')}"
+        old, new = dict(leaves(state["config"])), dict(leaves(self._identity["config"]))
+        for key in sorted(old.keys() | new.keys()):
+            is_free = key.startswith(FREE) and key not in FIXED
+            if not is_free and old.get(key) != new.get(key) and not _names(allowed, key):
+                yield f"{key}={new.get(key)}: is {old.get(key)} in {checkpoint.folder}; {_remedy(key)}"
+
+
+_LIBRARIES = ("numpy", "horovod", "torch", "tensorflow", "keras")
+
+
+def check_names_and_shapes(wanted: Mapping[str, tuple[int, ...]], arrays: Arrays) -> None:
+    """Raises a ConfigError when a checkpoint's arrays are not those of the model."""
+    problems = [f"{name} is missing" for name in wanted.keys() - arrays.keys()]
+    problems += [f"{name} is not in the model" for name in arrays.keys() - wanted.keys()]
+    problems += [
+        f"{name} has the shape {arrays[name].shape} instead of {shape}"
+        for name, shape in wanted.items()
+        if name in arrays and arrays[name].shape != shape
+    ]
+    if problems:
+        raise ConfigError([f"resume: the checkpoint is of another model: {'; '.join(sorted(problems)[:3])}"])
+
+
+def _folder(cfg: RunConfig) -> Path:
+    return Path(str(cfg.run.dir)) / "checkpoints"
+
+
+def _names(allowed: list[str], key: str) -> bool:
+    """Whether resume.allow_changes names the key or the group that it is in."""
+    return any(key == name or key.startswith(f"{name}.") for name in allowed)
+
+
+def _remedy(key: str) -> str:
+    return f"set it back, or accept another loss curve with resume.allow_changes=[{key}]"

@@ -1,0 +1,168 @@
+"""The layers of a decoder-only transformer language model.
+
+Vaswani et al., "Attention Is All You Need", 2017, https://arxiv.org/abs/1706.03762, with the norms before the sublayers
+and the initial weights of GPT-2: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019,
+https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf, and their code,
+https://github.com/openai/gpt-2/blob/master/src/model.py.
+
+Shapes: B examples, T tokens, W width, N heads, H = W / N, V vocabulary, S tokens that are looked back on.
+"""
+
+from collections.abc import Sequence
+
+from common.config import LMConfig
+from common.sampling import Window
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+EPSILON = 1e-5  # of the norms
+DEVIATION = 0.02  # of initial weights
+POSITION_DEVIATION = 0.01
+
+
+class KeyValueCache:
+    """Keys and values of one layer, for all positions of the context."""
+
+    def __init__(self, num_heads: int, head_width: int, context: int, dtype: str) -> None:
+        shape = (1, context, num_heads, head_width)
+        self.keys, self.values = (tf.Variable(tf.zeros(shape, dtype), trainable=False) for _ in range(2))
+
+    def extend(self, keys: tf.Tensor, values: tf.Tensor, position: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Takes keys and values (1, T, N, H) of the tokens from a position on.
+
+        Returns:
+            All keys and values, those that are still to come included, (1, S, N, H), and who looks at whom, (T, S) bool.
+        """
+        end = position + tf.shape(keys)[1]
+        self.keys[:, position:end].assign(keys)
+        self.values[:, position:end].assign(values)
+        places = tf.range(self.keys.shape[1])
+        return self.keys.read_value(), self.values.read_value(), places <= tf.range(position, end)[:, None]
+
+
+class Embedding(keras.Layer):
+    """Token and learned position embeddings: tokens (B, T) int64 -> (B, T, W)."""
+
+    def __init__(self, vocabulary_size: int, context: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.token = keras.layers.Embedding(vocabulary_size, width, normal(DEVIATION), name="token")
+        self.position = keras.layers.Embedding(context, width, normal(POSITION_DEVIATION), name="position")
+        self.dropout = keras.layers.Dropout(dropout, name="dropout")
+
+    def build(self, input_shape: Sequence[int | None]) -> None:
+        """Makes the weights, which call uses without calling the layers."""
+        self.token.build()
+        self.position.build()
+
+    def call(self, tokens: tf.Tensor, position: tf.Tensor | int = 0) -> tf.Tensor:
+        """Embeds tokens of which the first is at a position."""
+        positions = self.position.embeddings[position : position + keras.ops.shape(tokens)[1]]  # (T, W)
+        return self.dropout(tf.gather(dense_gradient(self.token.embeddings), tokens) + positions)
+
+
+class Attention(keras.Layer):
+    """Causal self-attention with several heads: (B, T, W) -> (B, T, W)."""
+
+    def __init__(self, width: int, num_heads: int, num_layers: int, name: str) -> None:
+        super().__init__(name=name)
+        self.num_heads = num_heads
+        self.scale = np.float64((width // num_heads) ** -0.5)  # the default one is rounded to float32
+        self.qkv = dense(3 * width, "qkv")
+        self.projection = dense(width, "projection", residual_deviation(num_layers))
+
+    def call(self, x: tf.Tensor, cache: KeyValueCache | None = None, position: tf.Tensor | int = 0) -> tf.Tensor:
+        """Mixes each token's values with those of the tokens before it, cached ones included."""
+        num_examples, num_tokens, width = keras.ops.shape(x)
+        heads = (num_examples, num_tokens, 3, self.num_heads, width // self.num_heads)
+        query, key, value = tf.unstack(tf.reshape(self.qkv(x), heads), axis=2)  # (B, T, N, H) each
+        if cache is None:
+            mixed = keras.ops.dot_product_attention(query, key, value, scale=self.scale, is_causal=True)
+        else:
+            key, value, mask = cache.extend(key, value, position)
+            mixed = keras.ops.dot_product_attention(query, key, value, mask=mask[None, None], scale=self.scale)
+        return self.projection(tf.reshape(mixed, (num_examples, num_tokens, width)))
+
+
+class MLP(keras.Layer):
+    """Two linear layers, four times as wide in between: (B, T, W) -> (B, T, W)."""
+
+    def __init__(self, width: int, num_layers: int, name: str) -> None:
+        super().__init__(name=name)
+        self.hidden = dense(4 * width, "hidden")
+        self.projection = dense(width, "projection", residual_deviation(num_layers))
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        """The GELU is the exact one, by the error function."""
+        return self.projection(gelu(self.hidden(x)))
+
+
+class Block(keras.Layer):
+    """Attention and MLP, each added to what comes in: (B, T, W) -> (B, T, W)."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float, num_layers: int) -> None:
+        super().__init__()
+        self.attention_norm = keras.layers.LayerNormalization(epsilon=EPSILON, name="attention_norm")
+        self.attention = Attention(width, num_heads, num_layers, name="attention")
+        self.mlp_norm = keras.layers.LayerNormalization(epsilon=EPSILON, name="mlp_norm")
+        self.mlp = MLP(width, num_layers, name="mlp")
+        self.dropout = keras.layers.Dropout(dropout, name="dropout")
+
+    def call(self, x: tf.Tensor, cache: KeyValueCache | None = None, position: tf.Tensor | int = 0) -> tf.Tensor:
+        """One layer of the transformer."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), cache, position))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class Head(keras.Layer):
+    """Final norm and logits of the next token: (..., W) -> (..., V).
+
+    Args:
+        width: W.
+        vocabulary_size: V.
+        embedding: whose token embedding are the weights (Press and Wolf, "Using the Output Embedding to Improve
+            Language Models", 2017, https://arxiv.org/abs/1608.05859); None: the head has its own.
+    """
+
+    def __init__(self, width: int, vocabulary_size: int, embedding: Embedding | None = None) -> None:
+        super().__init__()
+        self.width = width
+        self.norm = keras.layers.LayerNormalization(epsilon=EPSILON, name="norm")
+        if embedding is None:
+            self.projection = dense(vocabulary_size, "projection", bias=False)
+        else:
+            self.token = embedding.token
+            self.projection = self._project_by_token
+
+    def _project_by_token(self, x):
+        flat = tf.reshape(x, (-1, self.width))
+        y = tf.matmul(flat, self.token.embeddings, transpose_b=True)
+        return tf.reshape(y, (*keras.ops.shape(x)[:-1], self.token.input_dim))
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        """The logits."""
+        return self.projection(self.norm(x))
+
+
+def dense(fan_out: int, name: str, deviation: float = DEVIATION, bias: bool = True) -> keras.layers.Dense:
+    """A linear layer; its weights are normally distributed, its biases 0."""
+    return keras.layers.Dense(fan_out, use_bias=bias, kernel_initializer=normal(deviation), name=name)
+
+
+def normal(deviation: float) -> keras.Initializer:
+    """Initial weights of mean 0."""
+    return keras.initializers.RandomNormal(stddev=deviation)
+
+
+def residual_deviation(num_layers: int) -> float:
+    """Initial weights of layers that are added up along the depth are the smaller, the more of them there are."""
+    return DEVIATION / (2 * num_layers) ** 0.5
+
+
+def gelu(x: tf.Tensor) -> tf.Tensor:
+    return 0.5 * x * (1 + tf.math.erf(x * 0.5**0.5))
+
+
+def dense_gradient(weights: tf.Tensor) -> tf.Tensor:
+    return tf.reshape(weights, weights.shape)

@@ -1,0 +1,136 @@
+"""Handwritten digits with a convolutional network, in Keras 3 on TensorFlow.
+
+    horovodrun -np 2 python -m recipes.mnist_cnn_tf
+    horovodrun -np 2 python -m recipes.mnist_cnn_tf data=mnist train.checkpoint_every=100
+    horovodrun -np 4 python -m recipes.mnist_cnn_tf data.balance=weight_loss model.dropout=0.3
+
+Training images are shifted and turned a little, alike for any -np. Test accuracy: README.md.
+Its twin recipes/mnist_cnn_torch.py has the same functions and reads the same conf/mnist_cnn.yaml.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from common import command_line, datasets, stopping
+from common.checkpoint import Checkpoints
+from common.config import CNNConfig, MnistCNNConfig
+from common.datasets.augment import Augmented
+from common.datasets.balance import class_weights, drawn_classes
+from common.learning_rate import learning_rate
+from common.run import Run, new_folder
+from common.sharding import Plan
+from common.step_sums import StepSums
+from common.tf import gradients, optimizers, runtime
+from common.tf.checkpoint import State
+from common.tf.classification import evaluate, sum_of_losses
+from common.topology import Topology
+from common.validation import validate
+
+import keras
+import tensorflow as tf
+
+RECIPE = "mnist_cnn_tf"
+GROUPS = 8  # of channels that are normalised together
+
+
+def build_layers(cfg: CNNConfig) -> list[keras.Layer]:
+    """Layers in order: images (B, 28, 28) in [0, 1] -> logits (B, 10).
+
+    Group normalisation (Wu and He, 2018, https://arxiv.org/abs/1803.08494) looks at one example at a time. Batch
+    normalisation would look at the examples that one rank happens to have, and change with the number of ranks. GELU
+    and mean pooling have no kink at which rounding alone could part the loss curves of two layouts.
+    """
+    convolutions = [
+        layer
+        for channels in cfg.channels
+        for layer in (
+            keras.layers.Conv2D(channels, 3, padding="same"),
+            keras.layers.GroupNormalization(GROUPS, epsilon=1e-5),
+            keras.layers.Activation("gelu"),
+            keras.layers.AveragePooling2D(2),
+        )
+    ]
+    return [
+        keras.layers.Reshape((28, 28, 1)),
+        *convolutions,
+        keras.layers.Flatten(),
+        keras.layers.Dense(cfg.hidden_size),
+        keras.layers.Activation("gelu"),
+        keras.layers.Dropout(cfg.dropout),
+        keras.layers.Dense(10),
+    ]
+
+
+def make_train_step(
+    model: keras.Model,
+    loss_function: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    optimizer: keras.Optimizer,
+    topology: Topology,
+    cfg: MnistCNNConfig,
+) -> Callable[..., StepSums]:
+    """Returns the compiled step: (inputs, targets, global_size, stop) -> sums."""
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec((None, 28, 28), cfg.precision.dtype.name),
+            tf.TensorSpec((None,), tf.int64),
+            tf.TensorSpec((), tf.int32),
+            tf.TensorSpec((), tf.bool),
+        ]
+    )
+    def train_step(inputs: tf.Tensor, targets: tf.Tensor, global_size: tf.Tensor, stop: tf.Tensor) -> StepSums:
+        """One optimizer step; returns the global batch's mean loss and what else travelled with the gradients."""
+        loss, grads = gradients.forward_backward(
+            model, loss_function, inputs, targets, cfg.parallel.num_micro_batches, global_size
+        )
+        share = tf.shape(inputs)[0] / global_size
+        sums, grads = gradients.exchange(grads, topology, loss, stop, share, cfg.train.measures_noise)
+        grads = gradients.clip_global_norm(grads, cfg.train.clip_norm)
+        optimizer.apply(grads, model.trainable_variables)
+        return sums
+
+    return train_step
+
+
+def train(cfg: MnistCNNConfig) -> dict[str, Any]:
+    """The whole run, callable from a test; returns what summary.json says."""
+    topology = runtime.init()
+    with runtime.joint_check():
+        validate(cfg, topology)
+        datasets.prepare(cfg.data, topology)
+    with runtime.joint_check():
+        images, test_set = datasets.load_images(cfg.data)
+    train_set = Augmented(images, cfg.data, cfg.seed)
+    cfg.run.dir = runtime.from_rank_zero(new_folder(cfg, RECIPE))
+
+    runtime.seed(cfg.seed, topology)
+    runtime.set_dtype(cfg.precision)
+    model = keras.Sequential([keras.Input((28, 28)), *build_layers(cfg.model)])
+    optimizer = optimizers.build(cfg.optimizer, model)
+    checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer), runtime, topology)
+    plan = Plan.of(cfg, len(train_set), topology, checkpoints.restore(), drawn_classes(cfg.data, images))
+    weights = runtime.to_tensor(class_weights(cfg.data, images), cfg.precision)
+    train_step = make_train_step(model, partial(sum_of_losses, class_weights=weights), optimizer, topology, cfg)
+
+    run = Run(cfg, RECIPE, plan)
+    for step, batch in run.steps(train_set):
+        lr = learning_rate(step, cfg)
+        optimizers.set_learning_rate(optimizer, lr)
+        runtime.seed_dropout(model, cfg.seed, topology, step.number)
+        inputs, targets = runtime.to_tensors(batch, cfg.precision)
+        sums = train_step(inputs, targets, step.global_size, stopping.requested())
+        run.record(step, lr, sums)
+        if step.ends_epoch:
+            run.log(step, **evaluate(model, test_set, topology, cfg))
+        checkpoints.save_if_due(step, sums, plan)
+    return run.finish(gradients.num_values(model.trainable_variables), runtime.check_in_sync(model))
+
+
+def main() -> None:
+    """Command line entry: conf/mnist_cnn.yaml plus key=value overrides."""
+    command_line.run(train, "mnist_cnn", runtime)
+
+
+if __name__ == "__main__":
+    main()
