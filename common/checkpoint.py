@@ -207,8 +207,8 @@ class Checkpoints:
                     self._wait()
         if is_stop:
             raise Stopped(
-                f"stopped at step {step.number}, as asked by a signal; the same command with run.dir={self._cfg.run.dir} "
-                "goes on from there"
+                f"stopped at step {step.number}, as asked by a signal; the same command with "
+                f"run.dir={self._cfg.run.dir} goes on from there"
             )
 
     def _snapshot(self, step: Step, plan: Plan) -> tuple[int, Arrays, Arrays, dict[str, Any]]:
@@ -258,7 +258,9 @@ class Checkpoints:
             )  # fmt: skip
         checkpoint, problems = newest(Path(str(self._cfg.run.dir)))
         if checkpoint is None:
-            raise ConfigError([*problems, f"run.dir={self._cfg.run.dir}: no checkpoint is left; start in another folder"])
+            raise ConfigError(
+                [*problems, f"run.dir={self._cfg.run.dir}: no checkpoint is left; start in another folder"]
+            )
         for problem in problems:
             print(f"{problem}; going on from {checkpoint.folder.name}", file=sys.stderr, flush=True)
         return checkpoint

@@ -131,7 +131,9 @@ def _cause(task: str, key: str, defaults: dict[str, Any], error: Exception) -> s
         return f"wrong type: {reason}; the default is {key}={default}"
     group, _, name = key.partition(".")
     having = [
-        option for option in group_options(task).get(group, ()) if name in OmegaConf.load(CONF / group / f"{option}.yaml")
+        option
+        for option in group_options(task).get(group, ())
+        if name in OmegaConf.load(CONF / group / f"{option}.yaml")
     ]
     if having:
         return f"no such key here; it goes with {' or '.join(f'{group}={option}' for option in having)}"

@@ -129,7 +129,8 @@ class Plan:
         by_class = np.argsort(self.classes, kind="stable")
         _, sizes = np.unique(self.classes, return_counts=True)
         drawn = random.integers(len(sizes), size=self.num_examples)
-        return by_class[np.cumsum(sizes)[drawn] - 1 - random.integers(sizes[drawn])]
+        chosen: np.ndarray = by_class[np.cumsum(sizes)[drawn] - 1 - random.integers(sizes[drawn])]
+        return chosen
 
 
 def part(num_examples: int, topology: Topology) -> slice:

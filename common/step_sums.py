@@ -1,4 +1,4 @@
-"""What every rank knows after a step: a few scalars that travel with the gradients instead of in messages of their own."""
+"""What every rank knows after a step: scalars that travel with the gradients instead of in messages of their own."""
 
 from typing import NamedTuple, SupportsFloat
 

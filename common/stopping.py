@@ -10,7 +10,7 @@ from types import FrameType
 EXIT_STATUS = 128 + signal.SIGTERM
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818, as nothing is wrong
     """Training ended early, with a checkpoint, because a rank was asked to stop."""
 
 

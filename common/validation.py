@@ -8,7 +8,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common.config import ConfigError, DataConfig, MnistConfig, RunConfig, leaves
+from common.config import (
+    BatchSchedule,
+    CNNConfig,
+    ConfigError,
+    DataConfig,
+    ImagesConfig,
+    LMConfig,
+    MLPConfig,
+    MnistConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    leaves,
+    to_dict,
+)
 from common.topology import Topology
 
 _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], float, str]] = {
@@ -18,6 +32,9 @@ _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], float, str]] = {
     "train.global_batch_size": (operator.ge, 1, "at least 1"),
     "train.clip_norm": (operator.ge, 0, "at least 0; 0 means no clipping"),
     "train.log_every": (operator.ge, 1, "at least 1"),
+    "train.checkpoint_every": (operator.ge, 0, "at least 0; 0 means one at the end"),
+    "train.keep_checkpoints": (operator.ge, 1, "at least 1"),
+    "train.max_batch_size": (operator.ge, 0, "at least 0; 0 means without bound"),
     "optimizer.lr": (operator.gt, 0, "greater than 0; 0.1 is usual for sgd, 0.001 for adamw"),
     "optimizer.momentum": (operator.ge, 0, "at least 0; 0 means plain gradient descent"),
     "optimizer.beta1": (operator.ge, 0, "at least 0"),
@@ -26,7 +43,17 @@ _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], float, str]] = {
     "optimizer.weight_decay": (operator.ge, 0, "at least 0; 0 means none"),
     "lr_schedule.warmup_steps": (operator.ge, 0, "at least 0; 0 means none"),
     "lr_schedule.final_fraction": (operator.ge, 0, "at least 0"),
+    "data.num_examples": (operator.ge, 1, "at least 1"),
+    "data.num_features": (operator.ge, 1, "at least 1"),
+    "data.noise": (operator.ge, 0, "at least 0; 0 means none"),
+    "data.max_shift": (operator.ge, 0, "at least 0; 0 means none"),
+    "data.max_rotation": (operator.ge, 0, "at least 0; 0 means none"),
     "model.dropout": (operator.ge, 0, "at least 0; 0 means none"),
+    "model.hidden_size": (operator.ge, 1, "at least 1"),
+    "model.num_layers": (operator.ge, 1, "at least 1"),
+    "model.num_heads": (operator.ge, 1, "at least 1"),
+    "model.width": (operator.ge, 1, "at least 1"),
+    "model.context": (operator.ge, 1, "at least 1"),
     "parallel.num_micro_batches": (operator.ge, 1, "at least 1"),
 }
 _BELOW_ONE = ("optimizer.momentum", "optimizer.beta1", "optimizer.beta2", "model.dropout")
@@ -41,7 +68,10 @@ def validate(cfg: RunConfig, topology: Topology) -> None:
     problems = [
         *_out_of_bounds(cfg),
         *_batch_problems(cfg, topology),
+        *_batch_schedule_problems(cfg.train, topology),
+        *_model_problems(cfg.model),
         *_data_problems(cfg.data),
+        *_resume_problems(cfg, topology),
         *(_run_folder_problems(cfg) if topology.rank == 0 else ()),
     ]
     if problems:
@@ -57,9 +87,42 @@ def _out_of_bounds(cfg: RunConfig) -> Iterator[str]:
             yield f"{key}={value}: must be {_BOUNDS[key][2]}"
         elif key in _BELOW_ONE and value >= 1:
             yield f"{key}={value}: must be below 1"
-    sizes = values.get("model.hidden_sizes", [1])
-    if not sizes or min(sizes) < 1:
-        yield f"model.hidden_sizes={sizes}: must be one or more sizes of at least 1, such as [256,256]"
+
+
+def _model_problems(cfg: ModelConfig) -> Iterator[str]:
+    if isinstance(cfg, MLPConfig) and (not cfg.hidden_sizes or min(cfg.hidden_sizes) < 1):
+        yield f"model.hidden_sizes={cfg.hidden_sizes}: must be one or more sizes of at least 1, such as [256,256]"
+    if isinstance(cfg, CNNConfig) and not (
+        1 <= len(cfg.channels) <= 4 and all(size > 0 and size % 8 == 0 for size in cfg.channels)
+    ):
+        yield f"model.channels={cfg.channels}: must be one to four multiples of 8, such as [32,64]"
+    if isinstance(cfg, LMConfig) and min(cfg.width, cfg.num_heads) > 0 and cfg.width % cfg.num_heads:
+        yield f"model.num_heads={cfg.num_heads}: must divide model.width={cfg.width}"
+
+
+def _batch_schedule_problems(cfg: TrainConfig, topology: Topology) -> Iterator[str]:
+    steps, is_given = cfg.batch_growth_steps, cfg.batch_schedule is BatchSchedule.steps
+    if is_given != bool(steps) or sorted(set(steps)) != steps or (steps and steps[0] < 1):
+        yield (
+            f"train.batch_growth_steps={steps}: must be ascending steps such as [100,200] with "
+            "train.batch_schedule=steps, and [] otherwise"
+        )
+    if cfg.batch_schedule is BatchSchedule.noise_scale and topology.num_replicas == 1:
+        yield (
+            "train.batch_schedule=noise_scale: compares the gradients of ranks, and there is one; start more "
+            "(horovodrun -np 2) or use constant|steps"
+        )
+    if 0 < cfg.max_batch_size < cfg.global_batch_size:
+        yield f"train.max_batch_size={cfg.max_batch_size}: must be 0 or at least train.global_batch_size"
+
+
+def _resume_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
+    source, known = cfg.resume.source, [key for key, _ in leaves(to_dict(cfg))]
+    if topology.rank == 0 and source not in ("auto", "never") and not Path(source).is_dir():
+        yield f"resume={source}: there is no such checkpoint or run; choose auto|never or the path of a folder"
+    for name in cfg.resume.allow_changes:
+        if not any(key == name or key.startswith(f"{name}.") for key in known):
+            yield f"resume.allow_changes={name}: no such key or group; name keys as they are set, such as optimizer.lr"
 
 
 def _batch_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
@@ -79,6 +142,10 @@ def _batch_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
 def _data_problems(cfg: DataConfig) -> Iterator[str]:
     if isinstance(cfg, MnistConfig) and cfg.root is not None and not Path(cfg.root).is_dir():
         yield f"data.root={cfg.root}: there is no such folder; name one that exists, or use data=digits"
+    if isinstance(cfg, ImagesConfig) and cfg.max_shift > 14:
+        yield f"data.max_shift={cfg.max_shift}: must be at most 14, half of an image"
+    if isinstance(cfg, ImagesConfig) and cfg.max_rotation > 180:
+        yield f"data.max_rotation={cfg.max_rotation}: must be at most 180 degrees"
 
 
 def _run_folder_problems(cfg: RunConfig) -> Iterator[str]:

@@ -26,7 +26,10 @@ def main() -> None:
     name, *words = sys.argv[1:]
     commands = [path.stem.replace("_", "-") for path in sorted(COMMANDS.glob("[!_]*.py"))]
     if name not in commands:
-        print(f"{name}: no such command; choose {'|'.join(commands)}, or python -m recipes.<recipe> to train", file=sys.stderr)
+        print(
+            f"{name}: no such command; choose {'|'.join(commands)}, or python -m recipes.<recipe> to train",
+            file=sys.stderr,
+        )
         sys.exit(2)
     command = importlib.import_module(f"common.commands.{name.replace('-', '_')}")
     if {"-h", "--help"} & set(words):

@@ -35,19 +35,19 @@ def test_digits_are_a_fixed_split_of_28_by_28_images() -> None:
     train, test = digits.load()
     assert (len(train), len(test)) == (1437, 360)
     assert train.images.shape == (1437, 28, 28)
-    digest = hashlib.sha256(train.images.tobytes() + test.classes.tobytes()).hexdigest()
+    digest = hashlib.sha256(train.images[:].tobytes() + test.classes[:].tobytes()).hexdigest()
     assert digest[:16] == "a16267b8110cae6f"
     images, classes = test.take(np.array([0, 3]))
     assert images.dtype == np.float32
     assert (images.min(), images.max() > 0.9) == (0, True)
-    assert classes.tolist() == [test.classes[0], test.classes[3]]
+    assert classes.tolist() == test.classes[np.array([0, 3])].tolist()
 
 
 def test_idx_files_are_read_plain_and_gzipped(folder: Path) -> None:
     expected = digits.load()
     for split, source, size in zip(mnist.load(str(folder)), expected, (20, 10), strict=True):
-        assert np.array_equal(split.images, source.images[:size])
-        assert np.array_equal(split.classes, source.classes[:size])
+        assert np.array_equal(split.images[:], source.images[:size])
+        assert np.array_equal(split.classes[:], source.classes[:size])
 
 
 def damaged_file(folder: Path, name: str, how: str) -> None:

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from common.config import ConfigError
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")

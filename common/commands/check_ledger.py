@@ -1,4 +1,6 @@
-"""Says for each epoch of a run whether each example was used once: python -m recipes check-ledger run.dir=FOLDER
+"""Says for each epoch of a run whether each example was used once.
+
+    python -m recipes check-ledger run.dir=FOLDER
 
 Needs a run with data.ledger=true. Status 1 when an example was lost or used twice.
 """

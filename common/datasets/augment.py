@@ -54,7 +54,8 @@ def uniform(seed: int, epoch: int, numbers: np.ndarray, count: int) -> np.ndarra
     keys = np.stack([numbers.astype(np.uint64)] * count, axis=1)
     for words in (np.arange(count), np.array([epoch]), np.array([seed])):  # arrays wrap around, scalars warn
         keys = _mixed(keys + np.uint64(0x9E3779B97F4A7C15) * (words.astype(np.uint64) + np.uint64(1)))
-    return (keys >> np.uint64(11)) / float(1 << 53)
+    fractions: np.ndarray = (keys >> np.uint64(11)) / float(1 << 53)
+    return fractions
 
 
 def _mixed(keys: np.ndarray) -> np.ndarray:
@@ -83,4 +84,5 @@ def shift_and_turn(images: np.ndarray, shifts: np.ndarray, angles: np.ndarray) -
     corner = (np.arange(len(images))[:, None, None] * (height + 3) + top) * (width + 3) + left
     upper = flat[corner] * (1 - right) + flat[corner + 1] * right
     lower = flat[corner + width + 3] * (1 - right) + flat[corner + width + 4] * right
-    return upper * (1 - down) + lower * down
+    moved: np.ndarray = upper * (1 - down) + lower * down
+    return moved

@@ -16,5 +16,5 @@ def class_weights(cfg: ImagesConfig, split: Split) -> np.ndarray:
     if cfg.balance is not Balance.weight_loss:
         return np.ones(10, np.float32)
     counts = np.bincount(split.classes[:], minlength=10)
-    weights = np.divide(len(split), counts * np.count_nonzero(counts), where=counts > 0, out=np.zeros(10))
+    weights: np.ndarray = np.divide(len(split), counts * np.count_nonzero(counts), where=counts > 0, out=np.zeros(10))
     return weights.astype(np.float32)

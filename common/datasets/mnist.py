@@ -6,7 +6,12 @@ Source: LeCun, Cortes and Burges, "The MNIST database of handwritten digits", 19
 import gzip
 import math
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from common.config import ConfigError
 from common.datasets.split import Split
@@ -75,7 +80,7 @@ def load(root: str | None) -> tuple[Split, Split]:
         ConfigError: a file is missing or damaged.
     """
     folder = cache_folder() if root is None else Path(root)
-    missing = [f"{name} (or {name}.gz)" for name in FILES if _find(folder, name) is None]
+    missing = lacking(folder)
     if missing:
         raise ConfigError(
             [
@@ -86,51 +91,132 @@ def load(root: str | None) -> tuple[Split, Split]:
     return _read_split(folder, "train"), _read_split(folder, "t10k")
 
 
+def lacking(folder: Path) -> list[str]:
+    """The files that the folder has neither plain nor gzipped."""
+    return [f"{name} (or {name}.gz)" for name in FILES if _find(folder, name) is None]
+
+
 def _find(folder: Path, name: str) -> Path | None:
     """The file of this name in the folder, plain or gzipped."""
     return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
 def _read_split(folder: Path, prefix: str) -> Split:
-    images = read_idx(folder, f"{prefix}-images-idx3-ubyte", item_shape=(28, 28))
-    classes = read_idx(folder, f"{prefix}-labels-idx1-ubyte", item_shape=())
-    if len(images) != len(classes) or not len(classes) or classes.max() > 9:
-        raise ConfigError(
-            [
-                f"data.root={folder}: {prefix} has {len(images)} images and {len(classes)} labels, which must be as "
-                "many, at least one, and labels from 0 to 9; get the files again"
-            ]
-        )
-    return Split(images, classes)
+    images, classes = zip(*stream_split(folder, prefix), strict=True)
+    return Split(np.concatenate(images), np.concatenate(classes))
 
 
-def read_idx(folder: Path, name: str, item_shape: tuple[int, ...]) -> np.ndarray:
-    """Reads an IDX file of unsigned bytes: (N, *item_shape) uint8.
+@dataclass(frozen=True)
+class IdxFile:
+    """A file of unsigned bytes in the IDX format, plain or gzipped.
 
     The format: two zero bytes, the dtype (8: unsigned byte), the number of dimensions, each dimension as a big-endian
     int32, then the items.
 
-    Raises:
-        ConfigError: the file is not such a file, or is cut off.
+    Attributes:
+        path: of the file.
+        item_shape: that its items must have.
+        key: of its folder, for messages.
     """
+
+    path: Path
+    item_shape: tuple[int, ...]
+    key: str = "data.root"
+
+    @property
+    def count(self) -> int:
+        """Number of items, as the header says.
+
+        Raises:
+            ConfigError: the file does not start as it must.
+        """
+        with self._opened() as file:
+            return self._read_count(file)
+
+    def blocks(self, num_items: int) -> Iterator[np.ndarray]:
+        """The items, so many at a time: (n, *item_shape) uint8.
+
+        Raises:
+            ConfigError: the file is damaged; items before the damage have been given out.
+        """
+        item_bytes = math.prod(self.item_shape)
+        with self._opened() as file:
+            count = self._read_count(file)
+            size = file.tell()
+            promised = size + count * item_bytes
+            for first in range(0, count, num_items):
+                wanted = min(num_items, count - first) * item_bytes
+                content = file.read(wanted)
+                size += len(content)
+                if len(content) < wanted:
+                    break
+                yield np.frombuffer(content, np.uint8).reshape(-1, *self.item_shape)
+            size += sum(map(len, iter(partial(file.read, 1 << 20), b"")))
+            if size != promised:
+                raise self._damaged(f"its header promises {promised} bytes and it has {size}")
+
+    @contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        try:
+            with gzip.open(self.path) if self.path.suffix == ".gz" else self.path.open("rb") as file:
+                yield file  # type: ignore[misc]  # GzipFile is one in all but name
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise self._damaged(f"it cannot be unpacked ({error})") from error
+
+    def _read_count(self, file: BinaryIO) -> int:
+        num_dims = 1 + len(self.item_shape)
+        header = file.read(4 + 4 * num_dims)
+        if len(header) < 4 + 4 * num_dims or header[:4] != bytes([0, 0, 8, num_dims]):
+            raise self._damaged(f"it does not start as an IDX file of {num_dims} dimensions of unsigned bytes does")
+        count, *item_shape = (int(size) for size in np.frombuffer(header, ">i4", offset=4))
+        if tuple(item_shape) != self.item_shape:
+            raise self._damaged(f"its items have the shape {tuple(item_shape)} instead of {self.item_shape}")
+        return count
+
+    def _damaged(self, reason: str) -> ConfigError:
+        message = f"{self.key}={self.path.parent}: {self.path.name} is damaged: {reason}; get the file again"
+        return ConfigError([message])
+
+
+def open_idx(folder: Path, name: str, item_shape: tuple[int, ...], key: str = "data.root") -> IdxFile:
+    """The file of this name, plain or gzipped."""
     path = _find(folder, name)
     if path is None:
         raise FileNotFoundError(folder / name)
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise _damaged(path, f"it cannot be unpacked ({error})") from error
-    num_dims = 1 + len(item_shape)
-    header = 4 + 4 * num_dims
-    if len(content) < header or content[:4] != bytes([0, 0, 8, num_dims]):
-        raise _damaged(path, f"it does not start as an IDX file of {num_dims} dimensions of unsigned bytes does")
-    shape = tuple(int(size) for size in np.frombuffer(content, ">i4", num_dims, offset=4))
-    if shape[1:] != item_shape:
-        raise _damaged(path, f"its items have the shape {shape[1:]} instead of {item_shape}")
-    if len(content) != header + math.prod(shape):
-        raise _damaged(path, f"its header promises {header + math.prod(shape)} bytes and it has {len(content)}")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    return IdxFile(path, item_shape, key)
 
 
-def _damaged(path: Path, reason: str) -> ConfigError:
-    return ConfigError([f"data.root={path.parent}: {path.name} is damaged: {reason}; get the file again"])
+def num_bytes(folder: Path, prefix: str, key: str = "data.root") -> int:
+    """Size of the images and classes of a split, as the images' header says."""
+    return open_idx(folder, f"{prefix}-images-idx3-ubyte", (28, 28), key).count * (28 * 28 + 1)
+
+
+def stream_split(
+    folder: Path, prefix: str, key: str = "data.root", num_items: int = 4096
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Images (n, 28, 28) uint8 and their classes (n,) uint8, so many at a time.
+
+    Args:
+        folder: of the files.
+        prefix: "train" or "t10k".
+        key: of the folder, for messages.
+        num_items: at a time, but for the last ones.
+
+    Raises:
+        ConfigError: a file is damaged, or images and classes do not belong together.
+    """
+    images = open_idx(folder, f"{prefix}-images-idx3-ubyte", (28, 28), key)
+    classes = open_idx(folder, f"{prefix}-labels-idx1-ubyte", (), key)
+    counts = images.count, classes.count
+    unlike = ConfigError(
+        [
+            f"{key}={folder}: {prefix} has {counts[0]} images and {counts[1]} labels, which must be as many, at least "
+            "one, and labels from 0 to 9; get the files again"
+        ]
+    )
+    if counts[0] != counts[1] or counts[0] < 1:
+        raise unlike
+    for some_images, some_classes in zip(images.blocks(num_items), classes.blocks(num_items), strict=True):
+        if some_classes.max() > 9:
+            raise unlike
+        yield some_images, some_classes

@@ -53,7 +53,7 @@ class Windows:
 
     def take(self, examples: np.ndarray | slice, epoch: int = 0) -> Batch:
         """The chosen examples: inputs (B, T) int64 and targets (B, T) int64, each input's next token."""
-        numbers = np.arange(*examples.indices(len(self))) if isinstance(examples, slice) else examples
+        numbers = np.arange(*examples.indices(len(self))) if isinstance(examples, slice) else examples.astype(np.int64)
         windows = self.tokens[numbers[:, None] * self.context + np.arange(self.context + 1)]
         return windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
 
@@ -176,20 +176,19 @@ class Text:
                 if not content:
                     raise ConfigError([f"{self.name}: {document.path} became shorter while it was read; start again"])
                 self.on_read(len(content))
-                content = begun + content
+                origin, content = position - len(begun), begun + content
                 end = len(content) if file.tell() == last else _last_character(content)
                 begun = content[end:]
                 try:
                     yield content[:end].decode()
                 except UnicodeDecodeError as error:
-                    number = position - (len(content) - len(begun) - end) + error.start
-                    raise self._not_utf8(document, number) from error
+                    raise self._not_utf8(document, origin + error.start) from error
 
     def _not_utf8(self, document: Document, number: int) -> ConfigError:
         return ConfigError(
             [
-                f"{self.name}: {document.path} is not UTF-8 (at byte {number}); convert it (iconv -t UTF-8), or take it "
-                "out if it is not a text"
+                f"{self.name}: {document.path} is not UTF-8 (at byte {number}); convert it (iconv -t UTF-8), or take "
+                "it out if it is not a text"
             ]
         )
 
@@ -238,10 +237,15 @@ def _files(path: Path, name: str) -> Iterator[Document]:
 
 
 def _below(folder: Path) -> Iterator[str]:
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = (Path(parent, name) for name in files if not name.startswith("."))
         yield from (path.relative_to(folder).as_posix() for path in paths if path.is_file())
+
+
+def _refuse(error: OSError) -> None:
+    """A folder that cannot be read is not passed over."""
+    raise error
 
 
 def _character_start(documents: Iterable[Document], position: int) -> int:

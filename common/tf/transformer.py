@@ -10,9 +10,6 @@ Shapes: B examples, T tokens, W width, N heads, H = W / N, V vocabulary, S token
 
 from collections.abc import Sequence
 
-from common.config import LMConfig
-from common.sampling import Window
-
 import keras
 import numpy as np
 import tensorflow as tf
@@ -111,7 +108,7 @@ class Block(keras.Layer):
 
     def call(self, x: tf.Tensor, cache: KeyValueCache | None = None, position: tf.Tensor | int = 0) -> tf.Tensor:
         """One layer of the transformer."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), cache, position))
+        x = x + self.dropout(self.attention(self.attention_norm(x), cache=cache, position=position))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 

@@ -1,0 +1,36 @@
+"""Each rank's part of global batches, for scripts outside the recipes: the order and the parts are the recipes' own."""
+
+from common.sharding import part
+from common.topology import Topology
+
+import numpy as np
+
+
+def of_epoch(
+    num_examples: int, global_batch_size: int, topology: Topology, seed: int, epoch: int, shuffle: bool = True
+) -> list[tuple[np.ndarray, int]]:
+    """What one rank takes in each step of an epoch.
+
+    Args:
+        num_examples: size of the dataset.
+        global_batch_size: examples per step over all ranks; the last step has what is left.
+        topology: whose part is taken.
+        seed: decides the order together with the epoch.
+        epoch: from 1.
+        shuffle: False takes the examples as they come.
+
+    Returns:
+        Per step the numbers of this rank's examples, (n,) int64, and the number of examples of all ranks. In the last
+        step n may be 0.
+
+    Raises:
+        ValueError: there is nothing to cut, or into nothing.
+    """
+    if num_examples < 1 or global_batch_size < 1:
+        raise ValueError(
+            f"there must be examples and at least 1 of them in a batch. "
+            f"Received: num_examples={num_examples}, global_batch_size={global_batch_size}"
+        )
+    order = np.random.default_rng((seed, epoch)).permutation(num_examples) if shuffle else np.arange(num_examples)
+    batches = [order[start : start + global_batch_size] for start in range(0, num_examples, global_batch_size)]
+    return [(batch[part(len(batch), topology)], len(batch)) for batch in batches]

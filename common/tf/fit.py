@@ -1,0 +1,324 @@
+"""Makes model.compile and model.fit of a script of one's own one training on all ranks (docs/your-own-script.md)."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from common import batches
+from common.tf import gradients, runtime
+from common.topology import Topology
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+
+def distributed(optimizer: keras.Optimizer) -> keras.Optimizer:
+    """Makes the optimizer take its steps with the mean gradient of all ranks, and returns it.
+
+    In fit the ranks' gradients are weighted by their numbers of examples (see Synchronise); where the optimizer is
+    called directly, their plain mean is taken. The optimizer stays of its class and is saved as such.
+    """
+    if not _is_distributed(optimizer):
+        optimizer.apply = _ApplyMean(optimizer, runtime.init())
+    return optimizer
+
+
+class _ApplyMean:
+    """Stands in for the method `apply` of an optimizer.
+
+    Attributes:
+        num_examples: () int32, of which this rank's next gradient is the mean; None: a rank counts once.
+    """
+
+    def __init__(self, optimizer: keras.Optimizer, topology: Topology) -> None:
+        self.num_examples: tf.Tensor | None = None
+        self._apply = optimizer.apply
+        self._topology = topology
+
+    def __call__(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
+        num_examples, self.num_examples = self.num_examples, None
+        if self._topology.num_replicas > 1:
+            grads = self._mean(grads, 1 if num_examples is None else num_examples)
+        self._apply(grads, trainable_variables)
+
+    def _mean(self, grads: Sequence[Any], num_examples: int | tf.Tensor) -> list[tf.Tensor | None]:
+        """The mean gradients; what is None stays so, and Keras says what it has to say about it."""
+        dense = [_dense(gradient) for gradient in grads if gradient is not None]
+        # Horovod sums no bfloat16 on CPUs, and a message has one dtype.
+        dtype = tf.float64 if any(gradient.dtype == tf.float64 for gradient in dense) else tf.float32
+        weight = tf.cast(num_examples, dtype)
+        weighted = [tf.cast(gradient, dtype) * weight for gradient in dense]
+        total, *sums = gradients.sum_over_replicas([weight, *weighted], self._topology)
+        means = (tf.cast(value / total, gradient.dtype) for value, gradient in zip(sums, dense, strict=True))
+        return [None if gradient is None else next(means) for gradient in grads]
+
+
+def _dense(gradient: tf.Tensor | tf.IndexedSlices) -> tf.Tensor:
+    """The gradient as a tensor; an embedding's comes as the rows that were used, other ones on each rank."""
+    return tf.ensure_shape(tf.convert_to_tensor(gradient), gradient.shape)
+
+
+def _is_distributed(optimizer: keras.Optimizer | None) -> bool:
+    return isinstance(getattr(optimizer, "apply", None), _ApplyMean)
+
+
+class Synchronise(keras.callbacks.Callback):
+    """Makes fit one training on all ranks, and fit and evaluate report the values of all examples of all ranks.
+
+    - Training begins with rank 0's weights and optimizer state.
+    - A rank's gradient counts as many times as it has examples in the step, so that the steps are those of one rank
+      with the global batch.
+    - At the end of an epoch or evaluation, the metrics' variables are summed over the ranks before Keras computes the
+      results. So all ranks see the same values, to the bit, whatever the order of the callbacks. Progress within an
+      epoch is the rank's own.
+    - At the end of an epoch, what layers keep track of without gradients (BatchNormalization) is averaged.
+    - At the end of training all ranks compare their weights.
+
+    Args:
+        additive: classes of metrics of one's own whose variables all begin at 0 and only have sums over examples added
+            to them. Keras' own metrics are.
+
+    Raises:
+        ValueError: before training, if it could not be exact.
+        TrainingError: at its end, if ranks hold different weights.
+    """
+
+    def __init__(self, additive: Sequence[type[keras.Metric]] = ()) -> None:
+        super().__init__()
+        self._additive = tuple(additive)
+        self._topology = runtime.init()
+        self._training = self._testing = self._checked_metrics = False
+
+    def set_model(self, model: keras.Model) -> None:
+        """Prepares the model's step before Keras traces it."""
+        if model is not self.model:
+            _count_examples(model)
+            if self._topology.num_replicas > 1 and model.jit_compile:
+                model.jit_compile = False  # XLA has no kernels for Horovod's operations
+            model.train_function = None  # it may have been traced without this callback
+        super().set_model(model)
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Refuses what would not be exact and gives all ranks rank 0's weights and optimizer state."""
+        self._training, self._testing, self._checked_metrics = True, False, False
+        _check_compiled(self.model)
+        _check_steps(self.params["steps"])
+        if not self.model.optimizer.built:
+            self.model.optimizer.build(self.model.trainable_variables)
+        runtime.broadcast_state(self.model, self.model.optimizer)
+        self._begin_summing()
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Refuses metrics as soon as Keras has built them, in the first step."""
+        if batch and not self._checked_metrics:
+            self._check_metrics()
+
+    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Begins an evaluation, within training or on its own."""
+        self._testing = True
+        if not self._training:
+            self._begin_summing()
+
+    def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Ends an evaluation."""
+        self._testing = False
+        if not self._training:
+            self._end_summing()
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Compares the weights of all ranks."""
+        self._training = False
+        self._end_summing()
+        runtime.check_in_sync(self.model)
+
+    def _begin_summing(self) -> None:
+        """Gets in before the method that Keras computes the results of an epoch or an evaluation with.
+
+        Keras has no public place for it: callbacks are called with a copy of what evaluate has already decided to
+        return. The method is as in Keras 3.15.
+        """
+        self._end_summing()
+        of_this_rank = self.model._get_metrics_result_or_logs
+
+        def of_all_ranks(logs: dict[str, Any]) -> dict[str, Any]:
+            self._check_metrics()
+            self._sum_metrics()
+            if not self._testing:
+                self._average_statistics()
+            results: dict[str, Any] = of_this_rank(logs)
+            if results is logs:
+                raise ValueError(
+                    "the model's own train_step or test_step must return the values of its metrics: other values "
+                    f"cannot be summed over the ranks. Received: {sorted(logs)}, "
+                    f"metrics: {sorted(self.model.get_metrics_result())}"
+                )
+            return results
+
+        self.model._get_metrics_result_or_logs = of_all_ranks
+
+    def _end_summing(self) -> None:
+        vars(self.model).pop("_get_metrics_result_or_logs", None)
+
+    def _check_metrics(self) -> None:
+        self._checked_metrics = True
+        problems = [
+            f"{metric.name} ({type(metric).__name__})" for metric in _metrics(self.model) if not self._adds_up(metric)
+        ]
+        if problems:
+            raise ValueError(
+                f"metrics that may not add up over the ranks: {', '.join(problems)}. If all their variables begin at 0 "
+                "and only have sums over examples added to them, pass Synchronise(additive=[the classes])."
+            )
+
+    def _adds_up(self, metric: keras.Metric) -> bool:
+        names = {variable.name for variable in metric.variables}
+        is_a_sum = isinstance(metric, keras.metrics.Mean | keras.metrics.Sum) and names <= {"total", "count"}
+        return is_a_sum or type(metric).__module__.startswith("keras.") or isinstance(metric, self._additive)
+
+    def _sum_metrics(self) -> None:
+        """Every rank then has the state that one rank would have after all examples."""
+        variables = [variable for metric in _metrics(self.model) for variable in metric.variables]
+        for variable, value in zip(variables, self._sums(variables), strict=True):
+            variable.assign(tf.cast(value, variable.dtype))
+
+    def _average_statistics(self) -> None:
+        variables = [variable for variable in self.model.non_trainable_weights if "float" in variable.dtype]
+        for variable, value in zip(variables, self._sums(variables), strict=True):
+            variable.assign(tf.cast(value / self._topology.num_replicas, variable.dtype))
+
+    def _sums(self, variables: Sequence[keras.Variable]) -> list[tf.Tensor]:
+        """The sums over the ranks, in double precision, where the mean of equal numbers is that number."""
+        return gradients.sum_over_replicas(
+            [tf.cast(variable.value, tf.float64) for variable in variables], self._topology
+        )
+
+
+def _count_examples(model: keras.Model) -> None:
+    """Makes the model's step tell the optimizer of how many examples the loss is the mean."""
+    compute_loss = model.compute_loss
+
+    def compute(
+        x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> tf.Tensor:
+        apply = getattr(model.optimizer, "apply", None)
+        if training and isinstance(apply, _ApplyMean):
+            apply.num_examples = tf.shape(next(part for part in keras.tree.flatten(x) if part is not None))[0]
+        if model._compute_loss_has_training_arg:
+            return compute_loss(x, y, y_pred, sample_weight, training=training)
+        return compute_loss(x, y, y_pred, sample_weight)
+
+    model.compute_loss = compute
+
+
+def _metrics(model: keras.Model) -> list[keras.Metric]:
+    """All metrics of the model; those of compile are in a container."""
+    return [inner for metric in model.metrics for inner in getattr(metric, "metrics", [metric])]
+
+
+def _check_compiled(model: keras.Model) -> None:
+    """Refuses a model whose steps on many ranks would not be those of one.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if not _is_distributed(model.optimizer):
+        raise ValueError(
+            "model.compile needs optimizer=distributed(optimizer), or the ranks would train on their own. With "
+            "mixed_float16, where Keras puts a LossScaleOptimizer around it, "
+            "optimizer=distributed(keras.optimizers.LossScaleOptimizer(optimizer))"
+        )
+    if not model.built:
+        raise ValueError(
+            "the model has no weights yet that all ranks could begin with: begin it with keras.Input or call "
+            "model.build before fit"
+        )
+    for loss in keras.tree.flatten(model.loss):
+        if isinstance(loss, keras.Loss) and loss.reduction not in ("sum_over_batch_size", "mean"):
+            raise ValueError(
+                f"a loss must be a mean over the examples for ranks to weight it by their numbers: "
+                f"reduction='sum_over_batch_size'. Received: {type(loss).__name__}(reduction={loss.reduction!r})"
+            )
+
+
+def _check_steps(num_steps: int | None) -> None:
+    """Refuses epochs in which ranks would wait for steps that others do not take.
+
+    Raises:
+        ValueError: the ranks' numbers of steps differ or are not known.
+    """
+    everyones = runtime.gather_json(num_steps)
+    if None in everyones or len(set(everyones)) > 1:
+        raise ValueError(
+            f"all ranks must take the same number of steps in an epoch; if Keras cannot tell it, pass steps_per_epoch. "
+            f"Received: {everyones}"
+        )
+
+
+class ShardedBatches(keras.utils.PyDataset):
+    """This rank's part of each global batch, in the recipes' order; fit needs shuffle=False with it.
+
+    An epoch's batches are a permutation of the examples, cut into pieces; ranks' parts of a piece differ by one
+    example at most. In an epoch's last step a rank may have none: it then takes part with a batch of size 0.
+
+    Args:
+        x: inputs as numpy arrays, each (N, ...); one, or any nest of them.
+        y: targets likewise.
+        global_batch_size: examples per step over all ranks; an epoch's last step has what is left.
+        topology: whose part is taken.
+        seed: decides the order together with the epoch.
+        shuffle: False takes the examples as they come, to evaluate.
+        sample_weight: (N,) or None.
+        epoch: the first to be given out, from 1; to go on after an interruption, fit's initial_epoch + 1.
+    """
+
+    def __init__(
+        self,
+        x: Any,
+        y: Any,
+        global_batch_size: int,
+        topology: Topology,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        sample_weight: np.ndarray | None = None,
+        epoch: int = 1,
+    ) -> None:
+        super().__init__()
+        self._arrays = (x, y) if sample_weight is None else (x, y, sample_weight)
+        sizes = {len(array) for array in keras.tree.flatten(self._arrays)}
+        if len(sizes) > 1:
+            raise ValueError(f"all arrays must have the same number of examples. Received: {sorted(sizes)}")
+        self._num_examples, self._global_batch_size, self._topology = sizes.pop(), global_batch_size, topology
+        self._seed, self._shuffle, self._epoch = seed, shuffle, epoch
+        self._within_epoch = False
+        self._prepare()
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __getitem__(self, index: int) -> Any:
+        is_early = index - next(self._calls) >= max(1, self.workers)
+        if self._within_epoch and is_early and not self.use_multiprocessing:
+            raise ValueError(
+                "fit(..., shuffle=False), please: with shuffle=True, which is its default, each rank would take the "
+                "steps in an order of its own. The examples are shuffled within ShardedBatches."
+            )
+        examples, _ = self._steps[index]
+        return keras.tree.map_structure(lambda array: array[examples], self._arrays)
+
+    def on_epoch_begin(self) -> None:
+        """Keras' sign that an epoch begins; workers, if any, have begun before."""
+        self._within_epoch = True
+
+    def on_epoch_end(self) -> None:
+        """Keras' sign that an epoch is over, which it also gives before the first one."""
+        self._epoch += self._within_epoch
+        self._within_epoch = False
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self._calls = itertools.count()
+        self._steps = batches.of_epoch(
+            self._num_examples, self._global_batch_size, self._topology, self._seed, self._epoch, self._shuffle
+        )

@@ -1,0 +1,135 @@
+"""Next-token prediction with a decoder-only transformer, in Keras 3 on TensorFlow.
+
+    horovodrun -np 2 python -m recipes.transformer_lm_tf
+    horovodrun -np 2 python -m recipes.transformer_lm_tf model=lm_mini data.tokenizer=bpe model.dropout=0.1
+    horovodrun -np 4 python -m recipes.transformer_lm_tf data.path=README.md parallel.num_micro_batches=2
+
+Perplexity per byte on the held-out tenth of Python's language reference: README.md. `python -m recipes generate` goes
+on with a text. Its twin recipes/transformer_lm_torch.py has the same functions and reads conf/transformer_lm.yaml, too.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from common import command_line, datasets, sharding, stopping
+from common.checkpoint import Checkpoints
+from common.config import LMConfig, TransformerLMConfig
+from common.datasets.text import Windows
+from common.learning_rate import learning_rate
+from common.run import Run, new_folder
+from common.sharding import Plan
+from common.step_sums import StepSums
+from common.tf import gradients, optimizers, runtime, transformer
+from common.tf.checkpoint import State
+from common.topology import Topology
+from common.validation import validate
+
+import keras
+import tensorflow as tf
+
+RECIPE = "transformer_lm_tf"
+EVALUATION_BATCH = 64
+
+
+def build_layers(cfg: LMConfig, vocabulary_size: int) -> list[keras.Layer]:
+    """Layers in order: tokens (B, T) int64 -> logits (B, T, vocabulary_size) of the token that follows each."""
+    embedding = transformer.Embedding(vocabulary_size, cfg.context, cfg.width, cfg.dropout)
+    blocks = [transformer.Block(cfg.width, cfg.num_heads, cfg.dropout, cfg.num_layers) for _ in range(cfg.num_layers)]
+    return [embedding, *blocks, transformer.Head(cfg.width, vocabulary_size, embedding if cfg.tied else None)]
+
+
+def sum_of_losses(logits: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+    """() cross-entropy of logits (B, T, V) and targets (B, T): mean over an example's tokens, summed over examples."""
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
+    return tf.reduce_sum(losses) / targets.shape[1]
+
+
+def make_train_step(
+    model: keras.Model,
+    optimizer: keras.Optimizer,
+    topology: Topology,
+    cfg: TransformerLMConfig,
+) -> Callable[..., StepSums]:
+    """Returns the compiled step: (inputs, targets, global_size, stop) -> sums."""
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec((None, cfg.model.context), tf.int64),
+            tf.TensorSpec((None, cfg.model.context), tf.int64),
+            tf.TensorSpec((), tf.int32),
+            tf.TensorSpec((), tf.bool),
+        ]
+    )
+    def train_step(inputs: tf.Tensor, targets: tf.Tensor, global_size: tf.Tensor, stop: tf.Tensor) -> StepSums:
+        """One optimizer step; returns the global batch's mean loss and what else travelled with the gradients."""
+        loss, grads = gradients.forward_backward(
+            model, sum_of_losses, inputs, targets, cfg.parallel.num_micro_batches, global_size
+        )
+        share = tf.shape(inputs)[0] / global_size
+        sums, grads = gradients.exchange(grads, topology, loss, stop, share, cfg.train.measures_noise)
+        grads = gradients.clip_global_norm(grads, cfg.train.clip_norm)
+        optimizer.apply(grads, model.trainable_variables)
+        return sums
+
+    return train_step
+
+
+def evaluate(model: keras.Model, windows: Windows, topology: Topology, cfg: TransformerLMConfig) -> dict[str, float]:
+    """Loss and perplexity per token, and bits per byte; each example is counted once, on one rank."""
+    loss = count = 0.0
+    for part in sharding.evaluation_batches(len(windows), EVALUATION_BATCH, topology):
+        inputs, targets = runtime.to_tensors(windows.take(part), cfg.precision)
+        loss += float(sum_of_losses(model(inputs, training=False), targets))
+        count += len(targets)
+    loss, count = runtime.sum_over_ranks(loss, count)
+    bits_per_byte = loss / count / math.log(2) * len(windows.tokens) / windows.num_bytes
+    return {
+        "test_loss": loss / count,
+        "test_perplexity": math.exp(loss / count),
+        "test_bits_per_byte": bits_per_byte,
+    }
+
+
+def train(cfg: TransformerLMConfig) -> dict[str, Any]:
+    """The whole run, callable from a test; returns what summary.json says."""
+    topology = runtime.init()
+    with runtime.joint_check():
+        validate(cfg, topology)
+        datasets.prepare(cfg.data, topology)
+    with runtime.joint_check():
+        corpus = datasets.load_text(cfg.data, cfg.model.context)
+    cfg.run.dir = runtime.from_rank_zero(new_folder(cfg, RECIPE))
+
+    runtime.seed(cfg.seed, topology)
+    runtime.set_dtype(cfg.precision)
+    layers = build_layers(cfg.model, corpus.tokenizer.vocabulary_size)
+    model = keras.Sequential([keras.Input((cfg.model.context,), dtype="int64"), *layers])
+    optimizer = optimizers.build(cfg.optimizer, model)
+    extras = {"tokenizer": corpus.tokenizer.to_json()}
+    state = State(model, optimizer)
+    checkpoints = Checkpoints(cfg, RECIPE, corpus.train.fingerprint, state, runtime, topology, extras)
+    plan = Plan.of(cfg, len(corpus.train), topology, checkpoints.restore())
+    train_step = make_train_step(model, optimizer, topology, cfg)
+
+    run = Run(cfg, RECIPE, plan)
+    for step, batch in run.steps(corpus.train):
+        lr = learning_rate(step, cfg)
+        optimizers.set_learning_rate(optimizer, lr)
+        runtime.seed_dropout(model, cfg.seed, topology, step.number)
+        inputs, targets = runtime.to_tensors(batch, cfg.precision)
+        sums = train_step(inputs, targets, step.global_size, stopping.requested())
+        run.record(step, lr, sums)
+        if step.ends_epoch:
+            run.log(step, **evaluate(model, corpus.test, topology, cfg))
+        checkpoints.save_if_due(step, sums, plan)
+    return run.finish(gradients.num_values(model.trainable_variables), runtime.check_in_sync(model))
+
+
+def main() -> None:
+    """Command line entry: conf/transformer_lm.yaml plus key=value overrides."""
+    command_line.run(train, "transformer_lm", runtime)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Next-token prediction with a decoder-only transformer, in PyTorch.
+
+    horovodrun -np 2 python -m recipes.transformer_lm_torch
+    horovodrun -np 2 python -m recipes.transformer_lm_torch model=lm_mini data.tokenizer=bpe model.dropout=0.1
+    horovodrun -np 4 python -m recipes.transformer_lm_torch data.path=README.md parallel.num_micro_batches=2
+
+Perplexity per byte on the held-out tenth of Python's language reference: README.md. `python -m recipes generate` goes
+on with a text. Its twin recipes/transformer_lm_tf.py has the same functions and reads conf/transformer_lm.yaml, too.
+"""
+
+import math
+from typing import Any
+
+from common import command_line, datasets, sharding
+from common.checkpoint import Checkpoints
+from common.config import LMConfig, TransformerLMConfig
+from common.datasets.text import Windows
+from common.learning_rate import learning_rate
+from common.run import Run, new_folder
+from common.sharding import Plan
+from common.step_sums import StepSums
+from common.topology import Topology
+from common.torch import optimizers, runtime, transformer
+from common.torch.checkpoint import State
+from common.torch.gradients import Gradients, forward_backward
+from common.validation import validate
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+RECIPE = "transformer_lm_torch"
+EVALUATION_BATCH = 64
+
+
+def build_layers(cfg: LMConfig, vocabulary_size: int) -> list[nn.Module]:
+    """Layers in order: tokens (B, T) int64 -> logits (B, T, vocabulary_size) of the token that follows each."""
+    embedding = transformer.Embedding(vocabulary_size, cfg.context, cfg.width, cfg.dropout)
+    blocks = [transformer.Block(cfg.width, cfg.num_heads, cfg.dropout, cfg.num_layers) for _ in range(cfg.num_layers)]
+    return [embedding, *blocks, transformer.Head(cfg.width, vocabulary_size, embedding if cfg.tied else None)]
+
+
+def sum_of_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """() cross-entropy of logits (B, T, V) and targets (B, T): mean over an example's tokens, summed over examples."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / targets.shape[1]
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    gradients: Gradients,
+    inputs: Tensor,
+    targets: Tensor,
+    global_size: int,
+    cfg: TransformerLMConfig,
+) -> StepSums:
+    """One optimizer step; returns the global batch's mean loss and what else travelled with the gradients."""
+    num_micro_batches = cfg.parallel.num_micro_batches
+    sums = forward_backward(model, sum_of_losses, inputs, targets, num_micro_batches, global_size, gradients)
+    gradients.clip_global_norm(cfg.train.clip_norm)
+    optimizer.step()
+    return sums
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, windows: Windows, topology: Topology, cfg: TransformerLMConfig) -> dict[str, float]:
+    """Loss and perplexity per token, and bits per byte; each example is counted once, on one rank."""
+    model.eval()
+    loss = count = 0.0
+    for part in sharding.evaluation_batches(len(windows), EVALUATION_BATCH, topology):
+        inputs, targets = runtime.to_tensors(windows.take(part), cfg.precision, runtime.device(topology))
+        loss += sum_of_losses(model(inputs), targets).item()
+        count += len(targets)
+    model.train()
+    loss, count = runtime.sum_over_ranks(loss, count)
+    bits_per_byte = loss / count / math.log(2) * len(windows.tokens) / windows.num_bytes
+    return {
+        "test_loss": loss / count,
+        "test_perplexity": math.exp(loss / count),
+        "test_bits_per_byte": bits_per_byte,
+    }
+
+
+def train(cfg: TransformerLMConfig) -> dict[str, Any]:
+    """The whole run, callable from a test; returns what summary.json says."""
+    topology = runtime.init()
+    with runtime.joint_check():
+        validate(cfg, topology)
+        datasets.prepare(cfg.data, topology)
+    with runtime.joint_check():
+        corpus = datasets.load_text(cfg.data, cfg.model.context)
+    cfg.run.dir = runtime.from_rank_zero(new_folder(cfg, RECIPE))
+
+    runtime.seed(cfg.seed, topology)
+    device = runtime.device(topology)
+    layers = build_layers(cfg.model, corpus.tokenizer.vocabulary_size)
+    model = nn.Sequential(*layers).to(device, runtime.dtype(cfg.precision))
+    optimizer = optimizers.build(cfg.optimizer, model)
+    extras = {"tokenizer": corpus.tokenizer.to_json()}
+    state = State(model, optimizer)
+    checkpoints = Checkpoints(cfg, RECIPE, corpus.train.fingerprint, state, runtime, topology, extras)
+    plan = Plan.of(cfg, len(corpus.train), topology, checkpoints.restore())
+    gradients = Gradients(model.parameters(), topology, cfg.train.measures_noise)
+
+    run = Run(cfg, RECIPE, plan)
+    for step, batch in run.steps(corpus.train):
+        lr = learning_rate(step, cfg)
+        optimizers.set_learning_rate(optimizer, lr)
+        runtime.seed(cfg.seed, topology, step.number)
+        inputs, targets = runtime.to_tensors(batch, cfg.precision, device)
+        sums = train_step(model, optimizer, gradients, inputs, targets, step.global_size, cfg)
+        run.record(step, lr, sums)
+        if step.ends_epoch:
+            run.log(step, **evaluate(model, corpus.test, topology, cfg))
+        checkpoints.save_if_due(step, sums, plan)
+    return run.finish(gradients.num_values, runtime.check_in_sync(model))
+
+
+def main() -> None:
+    """Command line entry: conf/transformer_lm.yaml plus key=value overrides."""
+    command_line.run(train, "transformer_lm", runtime)
+
+
+if __name__ == "__main__":
+    main()
