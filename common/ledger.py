@@ -21,9 +21,9 @@ class Ledger:
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         start, rank = plan.start.step, plan.topology.rank
-        path = folder / "ledger" / f"from-step-{start + 1:08}.rank-{rank:04}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", buffering=1)
+        self._path = folder / "ledger" / f"from-step-{start + 1:08}.rank-{rank:04}.jsonl"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text("")
         self._num_examples = plan.num_examples
         self._write({"num_examples": plan.num_examples, "resampled": plan.classes is not None})
 
@@ -32,12 +32,9 @@ class Ledger:
         used = step.end.offset or self._num_examples
         self._write({"step": step.number, "epoch": step.epoch, "used": used, "examples": step.examples.tolist()})
 
-    def close(self) -> None:
-        """Ends the file."""
-        self._file.close()
-
     def _write(self, line: dict[str, object]) -> None:
-        self._file.write(json.dumps(line) + "\n")  # a line at a time, which survives the end of the process
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def drop(folder: Path, start: int) -> None:

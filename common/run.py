@@ -126,8 +126,6 @@ class Run:
             weights_sha256: of the final weights, which all ranks hold.
         """
         num_replicas = self._topology.num_replicas
-        if self._ledger:
-            self._ledger.close()
         summary = {
             **self._identity,
             "world_size": self._topology.world_size,

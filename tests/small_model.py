@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from common.config import OptimizerConfig
+from common.step_sums import StepSums
 from common.topology import Topology
 
 import numpy as np
@@ -17,8 +18,8 @@ class Small(Protocol):
 
     weights: list[np.ndarray]
 
-    def gradients(self, inputs: np.ndarray, global_size: int, num_micro_batches: int, bucket_bytes: int) -> float:
-        """One forward and backward; returns this rank's share of the loss and keeps the exchanged gradients."""
+    def gradients(self, inputs: np.ndarray, global_size: int, num_micro_batches: int, bucket_bytes: int) -> StepSums:
+        """One forward and backward; returns the scalars that were summed and keeps the exchanged gradients."""
 
     def exchanged(self, max_norm: float) -> list[np.ndarray]:
         """The exchanged gradients, clipped."""

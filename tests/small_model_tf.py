@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from common.config import OptimizerConfig
+from common.step_sums import StepSums
 from common.tf import gradients, optimizers, runtime
 from common.topology import Topology
 
@@ -21,22 +22,22 @@ class SmallModel:
         for variable, weight in zip(self.model.weights, weights, strict=True):
             variable.assign(weight)
         self.optimizer = optimizers.build(optimizer, self.model)
-        self.optimizer.build(self.model.trainable_variables)
         self.topology = topology
 
-    def gradients(self, inputs: np.ndarray, global_size: int, num_micro_batches: int, bucket_bytes: int) -> float:
+    def gradients(self, inputs: np.ndarray, global_size: int, num_micro_batches: int, bucket_bytes: int) -> StepSums:
         def half_squares(outputs: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
             return 0.5 * tf.reduce_sum(outputs**2)
 
         @tf.function
-        def step(data: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        def step(data: tf.Tensor) -> tuple[StepSums, list[tf.Tensor]]:
             loss, grads = gradients.forward_backward(
                 self.model, half_squares, data, data, num_micro_batches, global_size
             )
-            return loss, gradients.sum_over_replicas(grads, self.topology, bucket_bytes)
+            stop, share = tf.constant(self.topology.rank == 0), len(inputs) / global_size
+            return gradients.exchange(grads, self.topology, loss, stop, share, True, bucket_bytes)
 
-        share, self.grads = step(tf.constant(inputs))
-        return float(share)
+        sums, self.grads = step(tf.constant(inputs))
+        return sums
 
     def exchanged(self, max_norm: float) -> list[np.ndarray]:
         self.grads = gradients.clip_global_norm(self.grads, max_norm)

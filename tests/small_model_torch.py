@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from common.config import OptimizerConfig
+from common.step_sums import StepSums
 from common.topology import Topology
 from common.torch import optimizers, runtime
 from common.torch.gradients import Gradients, forward_backward
@@ -23,15 +24,14 @@ class SmallModel:
         self.optimizer = optimizers.build(optimizer, self.model)
         self.topology = topology
 
-    def gradients(self, inputs: np.ndarray, global_size: int, num_micro_batches: int, bucket_bytes: int) -> float:
-        self.buckets = Gradients(self.model.parameters(), self.topology, bucket_bytes)
+    def gradients(self, inputs: np.ndarray, global_size: int, num_micro_batches: int, bucket_bytes: int) -> StepSums:
+        self.buckets = Gradients(self.model.parameters(), self.topology, True, bucket_bytes)
         data = torch.from_numpy(inputs)
 
         def half_squares(outputs: Tensor, _: Tensor) -> Tensor:
             return 0.5 * (outputs**2).sum()
 
-        share = forward_backward(self.model, half_squares, data, data, num_micro_batches, global_size, self.buckets)
-        return share.item()
+        return forward_backward(self.model, half_squares, data, data, num_micro_batches, global_size, self.buckets)
 
     def exchanged(self, max_norm: float) -> list[np.ndarray]:
         self.buckets.clip_global_norm(max_norm)

@@ -1,10 +1,12 @@
 """Both bindings against numpy, on real ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
+from common import stopping
 from common.config import AdamWConfig, ConfigError, OptimizerConfig, SGDConfig
 from common.sharding import part
+from common.topology import Topology
 from tests import small_model
 
 import numpy as np
@@ -52,11 +54,32 @@ def test_gradients_are_the_mean_over_the_global_batch(
     weights = small_model.initial_weights(0)
     inputs = np.random.default_rng(1).standard_normal((num_examples, 5))
     model = small_model.build(framework, weights, SGD, topology)
-    share = model.gradients(inputs[part(num_examples, topology)], num_examples, num_micro_batches, bucket_bytes)
+    sums = model.gradients(inputs[part(num_examples, topology)], num_examples, num_micro_batches, bucket_bytes)
     loss, expected = small_model.reference(weights, inputs)
-    assert runtime.sum_over_ranks(share) == pytest.approx([loss])
+    assert float(sums.loss) == pytest.approx(loss)
+    assert float(sums.whole_squares) == pytest.approx(squares(expected))
     for gradient, reference in zip(model.exchanged(max_norm=0), expected, strict=True):
         np.testing.assert_allclose(gradient, reference, rtol=1e-12, atol=1e-14)
+
+
+def squares(gradients: Sequence[np.ndarray]) -> float:
+    return float(sum((gradient**2).sum() for gradient in gradients))
+
+
+@pytest.mark.parametrize("bucket_bytes", [ONE_BUCKET, MANY_BUCKETS])
+def test_scalars_travel_with_the_gradients(
+    framework: str, runtime: ModuleType, num_ranks: int, bucket_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topology = runtime.init()
+    monkeypatch.setattr(stopping, "_requested", topology.rank == 0)
+    weights = small_model.initial_weights(0)
+    inputs = np.random.default_rng(1).standard_normal((17, 5))
+    model = small_model.build(framework, weights, SGD, topology)
+    sums = model.gradients(inputs[part(17, topology)], 17, 2, bucket_bytes)
+    parts = [part(17, Topology(rank, num_ranks, rank, num_ranks)) for rank in range(num_ranks)]
+    local = [squares(small_model.reference(weights, inputs[of_rank])[1]) for of_rank in parts]
+    assert float(sums.stop) == 1
+    assert float(sums.local_squares) == pytest.approx(np.mean(local))
 
 
 def recorded(name: str, method: Callable[..., None], events: list[str]) -> Callable[..., None]:
@@ -91,7 +114,7 @@ def test_the_global_norm_is_clipped_only_when_larger(framework: str, runtime: Mo
     weights = small_model.initial_weights(0)
     inputs = np.random.default_rng(1).standard_normal((8, 5))
     _, expected = small_model.reference(weights, inputs)
-    norm = float(np.sqrt(sum((gradient**2).sum() for gradient in expected)))
+    norm = float(np.sqrt(squares(expected)))
     model = small_model.build(framework, weights, SGD, topology)
     model.gradients(inputs[part(8, topology)], 8, 1, MANY_BUCKETS)
     for gradient, reference in zip(model.exchanged(max_norm=factor * norm), expected, strict=True):

@@ -1,24 +1,95 @@
 """The learning rate and the packing of gradients."""
 
 from common import buckets
-from common.config import CosineConfig, Dtype, LRScheduleConfig
+from common.batch_size import DELAY, BatchSizes, learning_rate_factor
+from common.composition import compose
+from common.config import AdamWConfig, BatchSchedule, Dtype, SGDConfig, TrainConfig
+from common.datasets.augment import shift_and_turn, uniform
 from common.learning_rate import learning_rate
+from common.read_ahead import DEPTH
+from common.sharding import Plan
+from common.topology import Topology
 
+import numpy as np
 import pytest
 
 
-def test_cosine_with_warm_up() -> None:
-    cfg = CosineConfig("cosine", warmup_steps=10, final_fraction=0.1)
-    rates = {step: learning_rate(step, 110, 2.0, cfg) for step in (1, 10, 60, 110)}
-    assert rates == pytest.approx({1: 0.2, 10: 2.0, 60: 1.1, 110: 0.2})
+ALONE = Topology(0, 1, 0, 1)
 
 
-@pytest.mark.parametrize("warmup_steps", [0, 3, 5, 9])
-def test_any_length_of_warm_up_gives_finite_rates(warmup_steps: int) -> None:
-    constant = LRScheduleConfig("constant", warmup_steps)
-    cosine = CosineConfig("cosine", warmup_steps, 0.0)
-    for step in range(1, 6):
-        assert 0 <= learning_rate(step, 5, 1.0, cosine) <= learning_rate(step, 5, 1.0, constant) <= 1
+def rates(*overrides: str) -> list[float]:
+    """The learning rate of each of ten steps."""
+    cfg = compose("mnist_mlp", ["train.max_steps=10", "optimizer.lr=2", *overrides])
+    return [learning_rate(step, cfg) for step in Plan.of(cfg, 1000, ALONE).steps()]
+
+
+def test_cosine_falls_to_its_fraction_and_constant_does_not() -> None:
+    falling = rates("lr_schedule.warmup_steps=0", "lr_schedule.final_fraction=0.1")
+    assert falling[4] == pytest.approx(1.1)
+    assert falling[9] == pytest.approx(0.2)
+    assert rates("lr_schedule=constant") == [2.0] * 10
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("warmup_steps", [0, 3, 10, 20])
+def test_warm_up_multiplies(schedule: str, warmup_steps: int) -> None:
+    plain = rates(f"lr_schedule={schedule}", "lr_schedule.warmup_steps=0")
+    warm = rates(f"lr_schedule={schedule}", f"lr_schedule.warmup_steps={warmup_steps}")
+    factors = [min(1.0, step / warmup_steps) if warmup_steps else 1.0 for step in range(1, 11)]
+    assert warm == pytest.approx([rate * factor for rate, factor in zip(plain, factors, strict=True)])
+
+
+def test_the_learning_rate_grows_with_the_batch() -> None:
+    sgd, adamw = SGDConfig("sgd", 0.1, 0.9), AdamWConfig("adamw", 0.001, 0.9, 0.999, 1e-8, 0.0)
+    assert (learning_rate_factor(256, 64, sgd), learning_rate_factor(256, 64, adamw)) == (4, 2)
+    growing = rates("lr_schedule=constant", "train.batch_schedule=steps", "train.batch_growth_steps=[3,6]")
+    assert growing == [2.0] * 3 + [4.0] * 3 + [8.0] * 4
+
+
+def train_config(schedule: BatchSchedule, **values: object) -> TrainConfig:
+    return TrainConfig(global_batch_size=64, batch_schedule=schedule, **{"max_batch_size": 0, **values})  # type: ignore[arg-type]
+
+
+def test_the_batch_doubles_at_given_steps_up_to_its_bound() -> None:
+    sizes = BatchSizes(train_config(BatchSchedule.steps, batch_growth_steps=[2, 4, 6], max_batch_size=200))
+    assert [sizes.at(step) for step in range(1, 9)] == [64, 64, 128, 128, 200, 200, 200, 200]
+
+
+def test_the_batch_follows_the_noise_scale_of_known_gradients() -> None:
+    # Gradients g + noise / sqrt(batch): |g|^2 = 1, trace of the covariance 300, so that the noise scale is 300.
+    sizes = BatchSizes(train_config(BatchSchedule.noise_scale))
+    for step in range(1, 1001):
+        size = sizes.at(step)
+        local_size = size / 4
+        sizes.observe(step, 1 + 300 / local_size, 1 + 300 / size, local_size, size)
+    assert sizes.noise_scale == pytest.approx(300)
+    assert [size for _, size in sizes.changes] == [64, 128, 256, 512]
+    assert DELAY > DEPTH + 1  # steps that are read ahead keep their size
+    again = BatchSizes.from_json(sizes.cfg, sizes.to_json())
+    assert again == sizes
+
+
+def test_random_numbers_depend_on_seed_epoch_and_example_alone() -> None:
+    numbers = np.arange(20_000)
+    drawn = uniform(1, 2, numbers, 3)
+    assert np.array_equal(drawn[[7, 5]], uniform(1, 2, np.array([7, 5]), 3))
+    assert (drawn.min() >= 0) and (drawn.max() < 1)
+    assert np.abs(drawn.mean(axis=0) - 0.5).max() < 0.01
+    assert (
+        np.abs(np.corrcoef([*drawn.T, *uniform(1, 3, numbers, 3).T, *uniform(2, 2, numbers, 3).T]) - np.eye(9)).max()
+        < 0.03
+    )
+
+
+def test_images_are_shifted_and_turned() -> None:
+    image = np.zeros((28, 28), np.float32)
+    image[5, 9] = 1
+    images = np.stack([image] * 3)
+    moved = shift_and_turn(images, np.array([[0, 0], [2, -3], [0, 0]]), np.array([0, 0, np.pi / 2]))
+    assert np.array_equal(moved[0], image)
+    assert np.argwhere(moved[1] > 0.99).tolist() == [[7, 6]]
+    assert np.argwhere(moved[2] > 0.99).tolist() == [[9, 22]]
+    assert shift_and_turn(images, np.full((3, 2), 14), np.zeros(3)).sum() == pytest.approx(3)
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,34 @@
 """What a run records, without training."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from common.composition import compose
+from common.datasets.linear import Measurements
 from common.run import Run, TrainingError
 from common.sharding import Plan
+from common.step_sums import StepSums
 from common.topology import Topology
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 
-def record(folder: Path, rank: int = 0, loss: float = 0.5) -> None:
+NUMBERS = Measurements(np.zeros((10, 1)), np.zeros((10, 1)))
+
+
+def record(folder: Path, rank: int = 0, loss: float = 0.5, restored: Mapping[str, Any] = MappingProxyType({})) -> None:
     """A run of two steps over ten examples, on rank `rank` of two."""
-    overrides = [f"run.dir={folder}", "train.global_batch_size=5", "train.epochs=1"]
-    cfg = compose("mnist_mlp", overrides)
-    plan = Plan.of(cfg, 10, Topology(rank, 2, rank, 2))
+    overrides = [f"run.dir={folder}", "train.global_batch_size=5", "train.epochs=1", "train.log_every=1"]
+    cfg = compose("mnist_mlp", [*overrides, "data.ledger=true"])
+    plan = Plan.of(cfg, 10, Topology(rank, 2, rank, 2), restored)
     run = Run(cfg, "some_recipe_torch", plan)
-    for step in run.track(plan.steps(1)):
-        if run.is_log_due(step):
-            run.log(step, train_loss=loss)
+    for step, _ in run.steps(NUMBERS):
+        run.record(step, 0.1, StepSums(loss, 0, 0, 0))
     run.log(step, test_loss=0.25)
     run.finish(num_gradients=250, weights_sha256="00")
 
@@ -29,11 +37,12 @@ def test_rank_zero_leaves_the_files_of_the_contract(tmp_path: Path, capsys: pyte
     record(tmp_path)
     events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [{**event, "wall_seconds": 0} for event in events] == [
-        {"step": 1, "epoch": 1, "train_loss": 0.5, "wall_seconds": 0},
+        {"step": 1, "epoch": 1, "lr": 0.1, "train_loss": 0.5, "wall_seconds": 0},
+        {"step": 2, "epoch": 1, "lr": 0.1, "train_loss": 0.5, "wall_seconds": 0},
         {"step": 2, "epoch": 1, "test_loss": 0.25, "wall_seconds": 0},
     ]
     summary = json.loads((tmp_path / "summary.json").read_text())
-    measured = {"wall_seconds", "examples_per_second", "step_seconds_median"}
+    measured = {"wall_seconds", "examples_per_second", "step_seconds_median", "data_wait_share"}
     assert all(summary.pop(name) > 0 for name in measured)
     assert summary == {
         "recipe": "some_recipe_torch",
@@ -42,10 +51,12 @@ def test_rank_zero_leaves_the_files_of_the_contract(tmp_path: Path, capsys: pyte
         "num_stages": 1,
         "num_replicas": 2,
         "steps": 2,
+        "resumed_from_step": 0,
         "examples": 10,
         "wire_bytes_per_step": 1000,
         "dense_bytes_per_step": 1000,
         "weights_sha256": "00",
+        "lr": 0.1,
         "train_loss": 0.5,
         "test_loss": 0.25,
         "completed": True,
@@ -53,16 +64,30 @@ def test_rank_zero_leaves_the_files_of_the_contract(tmp_path: Path, capsys: pyte
     assert "global_batch_size: 5" in (tmp_path / "config.yaml").read_text()
     (file,) = (tmp_path / "tensorboard").iterdir()
     scalars = [(event.step, value.tag) for event in EventFileLoader(str(file)).Load() for value in event.summary.value]
-    assert scalars == [(1, "train_loss"), (2, "test_loss")]
+    assert scalars == [(1, "lr"), (1, "train_loss"), (2, "lr"), (2, "train_loss"), (2, "test_loss")]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("some_recipe_torch: 2 ranks, 10 examples")
-    assert lines[1].startswith("step 1/2  epoch 1/1  train_loss 0.5")
+    assert lines[1].startswith("step 1  epoch 1  50 %  lr 0.1  train_loss 0.5")
     assert lines[-1].endswith(str(tmp_path))
 
 
-def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_goes_on_keeps_the_events_before_and_drops_those_after(tmp_path: Path) -> None:
+    record(tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    restored = {"position": {"step": 1, "epoch": 1, "offset": 5}, "batch_sizes": {}}
+    record(tmp_path, restored=restored)
+    after = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert after[0] == before[0]
+    assert [json.loads(line)["step"] for line in after] == [1, 2, 2]
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    scalars = [event.step for event in EventFileLoader(str(file)).Load() for _ in event.summary.value]
+    assert scalars == [1, 1, 2, 2, 2]
+    assert json.loads((tmp_path / "summary.json").read_text())["resumed_from_step"] == 1
+
+
+def test_other_ranks_write_their_ledger_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record(tmp_path, rank=1)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["ledger"]
     assert capsys.readouterr().out == ""
 
 

@@ -11,7 +11,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -94,19 +95,28 @@ def main(words: Sequence[str]) -> None:
     """
     arguments = parse(Arguments, words)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # no other rank wants the cores
-    signal.signal(signal.SIGTERM, _leave)
-    signal.signal(signal.SIGINT, _leave)
     try:
-        _shard(arguments)
+        with _leaving_tidily():
+            _shard(arguments)
     except OSError as error:
         raise ConfigError(
             [f"{error.filename or arguments.out}: {error.strerror}; choose path and out so that they can be used"]
         ) from error
 
 
+@contextmanager
+def _leaving_tidily() -> Iterator[None]:
+    """A block in which the signals to stop end the program as an error would, so that it tidies up."""
+    handlers = {number: signal.signal(number, _leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def _leave(number: int, _: object) -> None:
-    """Ends the command through the blocks that tidy up after it."""
-    print("interrupted; nothing was written", file=sys.stderr)
+    os.write(sys.stderr.fileno(), b"interrupted before the end; only a finished dataset is kept\n")
     sys.exit(INTERRUPTED + number)
 
 

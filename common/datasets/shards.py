@@ -178,7 +178,7 @@ class ShardedArray:
         result = np.empty((len(numbers), *self.shape[1:]), self.dtype)
         for shard, chosen in zip(touched, np.split(order, starts[1:]), strict=False):  # no number: one empty choice
             result[chosen] = self._map(int(shard))[places[chosen]]
-        return result.reshape(*items.shape, *self.shape[1:])
+        return result.reshape((*items.shape, *self.shape[1:]))
 
     def _open_map(self, number: int) -> np.ndarray:
         shard = self._field.shards[number]
@@ -275,8 +275,8 @@ def _parse(folder: Path, content: dict[str, Any]) -> Index:
         counts = {name: field.count for name, field in part.fields.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"the {name} part has {' and '.join(f'{n} {field}' for field, n in counts.items())}")
-    if index.tokenizer is not None:
-        dtype = little_endian(tokenizers.from_json(index.tokenizer).dtype).str
+    if kind == "text":
+        dtype = little_endian(tokenizers.from_json(content["tokenizer"]).dtype).str
         if any(part.fields["tokens"].dtype != dtype for part in parts.values()):
             raise ValueError(f"tokens must be {dtype}, as the tokenizer's are")
     return index

@@ -158,7 +158,7 @@ class Synchronise(keras.callbacks.Callback):
         self.model._get_metrics_result_or_logs = of_all_ranks
 
     def _end_summing(self) -> None:
-        vars(self.model).pop("_get_metrics_result_or_logs", None)
+        self.model.__dict__.pop("_get_metrics_result_or_logs", None)
 
     def _check_metrics(self) -> None:
         self._checked_metrics = True
@@ -203,7 +203,9 @@ def _count_examples(model: keras.Model) -> None:
     ) -> tf.Tensor:
         apply = getattr(model.optimizer, "apply", None)
         if training and isinstance(apply, _ApplyMean):
-            apply.num_examples = tf.shape(next(part for part in keras.tree.flatten(x) if part is not None))[0]
+            apply.num_examples = tf.shape(
+                next(part for part in keras.tree.flatten((x, y, y_pred)) if part is not None)
+            )[0]
         if model._compute_loss_has_training_arg:
             return compute_loss(x, y, y_pred, sample_weight, training=training)
         return compute_loss(x, y, y_pred, sample_weight)

@@ -79,6 +79,7 @@ def exchange(
     stop: tf.Tensor,
     share: tf.Tensor,
     measure_noise: bool = False,
+    bucket_bytes: int = buckets.BUCKET_BYTES,
 ) -> tuple[StepSums, list[tf.Tensor]]:
     """The sums of the gradients over the replicas, and scalars that travel with them.
 
@@ -89,6 +90,7 @@ def exchange(
         stop: () bool, whether this rank was asked to stop.
         share: () this rank's share of the examples of the global batch; needed to measure the noise alone.
         measure_noise: also takes the squared norms that the gradient noise scale needs.
+        bucket_bytes: largest size of a bucket of several gradients.
     """
     dtype = gradients[0].dtype
     zero = tf.zeros((), dtype)
@@ -96,7 +98,7 @@ def exchange(
     mean = tf.math.divide_no_nan(squared_norm(gradients), tf.cast(share, dtype) ** 2) if measure_noise else zero
     scalars = tf.stack([tf.cast(loss, dtype), tf.cast(stop, dtype), mean / topology.num_replicas, zero])
     # As the first gradient they travel in the bucket that backward finishes last.
-    scalars, *summed = sum_over_replicas([scalars, *gradients], topology)
+    scalars, *summed = sum_over_replicas([scalars, *gradients], topology, bucket_bytes)
     loss, stop, local, _ = tf.unstack(scalars)
     return StepSums(loss, stop, local, squared_norm(summed) if measure_noise else zero), summed
 

@@ -124,22 +124,50 @@ class Head(keras.Layer):
 
     def __init__(self, width: int, vocabulary_size: int, embedding: Embedding | None = None) -> None:
         super().__init__()
-        self.width = width
         self.norm = keras.layers.LayerNormalization(epsilon=EPSILON, name="norm")
-        if embedding is None:
-            self.projection = dense(vocabulary_size, "projection", bias=False)
-        else:
-            self.token = embedding.token
-            self.projection = self._project_by_token
-
-    def _project_by_token(self, x):
-        flat = tf.reshape(x, (-1, self.width))
-        y = tf.matmul(flat, self.token.embeddings, transpose_b=True)
-        return tf.reshape(y, (*keras.ops.shape(x)[:-1], self.token.input_dim))
+        self.token = embedding.token if embedding else None
+        self.projection = None if embedding else dense(vocabulary_size, "projection", bias=False)
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """The logits."""
-        return self.projection(self.norm(x))
+        x = self.norm(x)
+        return self.projection(x) if self.projection else tf.einsum("...w,vw->...v", x, self.token.embeddings)
+
+
+class Decoder:
+    """Runs the model token by token; what it has looked at is kept as keys and values.
+
+    Args:
+        layers: Embedding, Blocks, Head, which have their weights; they are run as in evaluation.
+        cfg: the model's sizes.
+    """
+
+    def __init__(self, layers: Sequence[keras.Layer], cfg: LMConfig) -> None:
+        self._layers = list(layers)
+        self._caches = [
+            KeyValueCache(cfg.num_heads, cfg.width // cfg.num_heads, cfg.context, self._layers[0].compute_dtype)
+            for _ in range(cfg.num_layers)
+        ]
+        self._window = Window(cfg.context)
+
+    def feed(self, token_ids: np.ndarray) -> np.ndarray:
+        """The logits (V,) of the token that follows all that were fed so far.
+
+        Args:
+            token_ids: (T,) integers, at least one; beyond the context common/sampling.py's Window has the rule.
+        """
+        tokens, position = self._window.add(token_ids)
+        logits = self._forward(tf.constant(tokens)[None], tf.constant(position))
+        return logits.numpy()[0]
+
+    @tf.function(input_signature=[tf.TensorSpec((1, None), tf.int64), tf.TensorSpec((), tf.int32)])
+    def _forward(self, tokens: tf.Tensor, position: tf.Tensor) -> tf.Tensor:
+        """Logits (1, V) after the last of the tokens (1, T)."""
+        embedding, *blocks, head = self._layers
+        x = embedding(tokens, position=position)
+        for block, cache in zip(blocks, self._caches, strict=True):
+            x = block(x, cache=cache, position=position)
+        return head(x[:, -1])
 
 
 def dense(fan_out: int, name: str, deviation: float = DEVIATION, bias: bool = True) -> keras.layers.Dense:
@@ -158,8 +186,10 @@ def residual_deviation(num_layers: int) -> float:
 
 
 def gelu(x: tf.Tensor) -> tf.Tensor:
+    """x times the normal distribution's function of x; tf.nn.gelu is the same but rounds a factor to float32."""
     return 0.5 * x * (1 + tf.math.erf(x * 0.5**0.5))
 
 
-def dense_gradient(weights: tf.Tensor) -> tf.Tensor:
+def dense_gradient(weights: keras.Variable) -> tf.Tensor:
+    """The weights, with a tensor as their gradient where tf.gather has tf.IndexedSlices; costs nothing."""
     return tf.reshape(weights, weights.shape)

@@ -1,6 +1,6 @@
 """What a training loop of one's own needs besides Gradients and runtime (docs/your-own-script.md)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sized
 from functools import partial
 from typing import Any
 
@@ -41,15 +41,10 @@ class ShardedBatches:
         collate: Callable[[list[Any]], Any] = default_collate,
         **options: Any,
     ) -> None:
+        if not isinstance(dataset, Sized):
+            raise TypeError(f"the dataset must have a length. Received: {type(dataset).__name__}")
         self._dataset, self._options = dataset, options
-        self._of_epoch = partial(
-            batches.of_epoch,
-            len(dataset),
-            global_batch_size,
-            topology,
-            seed,
-            shuffle=shuffle,  # type: ignore[arg-type]
-        )
+        self._of_epoch = partial(batches.of_epoch, len(dataset), global_batch_size, topology, seed, shuffle=shuffle)
         self._collate = partial(_collate, dataset, collate)
 
     def epoch(self, number: int = 1) -> Iterator[tuple[Any, int]]:
@@ -70,7 +65,7 @@ def _emptied(batch: Any) -> Any:
         return batch[:0]
     if isinstance(batch, dict):
         return {name: _emptied(value) for name, value in batch.items()}
-    if isinstance(batch, Sequence) and not isinstance(batch, str):
+    if isinstance(batch, tuple | list):
         parts = [_emptied(value) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     raise TypeError(f"a batch must be made of tensors, tuples, lists and dicts. Received: {type(batch).__name__}")
