@@ -2,20 +2,28 @@
 
 from pathlib import Path
 
-from common.composition import CONF, compose
+from common.composition import CONF, compose, group_options
 from common.config import ConfigError
 from common.topology import Topology
 from common.validation import validate
 
 import pytest
 
-GROUPS = {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in CONF.iterdir() if path.is_dir()}
+TASKS = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "base")
+OPTIONS = [
+    (task, f"{group}={name}") for task in TASKS for group, names in group_options(task).items() for name in names
+]
 TWO_RANKS = Topology(0, 2, 0, 2)
 
 
-@pytest.mark.parametrize("option", [f"{group}={name}" for group, names in GROUPS.items() for name in names])
-def test_shipped_options_compose_and_are_valid(option: str) -> None:
-    validate(compose("mnist_mlp", [option]), TWO_RANKS)
+@pytest.mark.parametrize(("task", "option"), OPTIONS)
+def test_shipped_options_compose_and_are_valid(task: str, option: str) -> None:
+    validate(compose(task, [option]), TWO_RANKS)
+
+
+def test_every_shipped_option_is_for_some_task() -> None:
+    shipped = {f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml")}
+    assert shipped == {option for _, option in OPTIONS}
 
 
 @pytest.mark.parametrize(
@@ -25,13 +33,13 @@ def test_shipped_options_compose_and_are_valid(option: str) -> None:
         ("train.epochs=1.5", "train.epochs=1.5: wrong type"),
         ("optimizer.lr=fast", "optimizer.lr=fast: wrong type"),
         ("seed=null", "seed=null: wrong type"),
-        ("data=mnits", "data=mnits: no such option; choose data=digits|mnist"),
+        ("data=mnits", "data=mnits: no such option; choose data=digits|image_shards|mnist"),
         ("precision.dtype=int8", "is set by choosing an option; write precision=int8"),
         ("+train.foo=1", "+train.foo=1: keys cannot be added or removed"),
         ("optimizer.name=adamw", "is set by choosing an option; write optimizer=adamw"),
         ("epochs", "epochs: not of the form key=value"),
         ("run.dir=a[b", "not of the form key=value; quote a value with special characters"),
-        ("optimizer=null", "optimizer=null: no such option; choose optimizer=adamw|sgd"),
+        ("optimizer=null", "optimizer=null: no such option; choose optimizer=adamw|gradient_descent|sgd"),
         ("model=[1]", "model=[1]: no such option; choose model=mlp"),
         ("data.root=/x", "data.root=/x: no such key here; it goes with data=mnist"),
         ("optimizer.beta1=0.8", "no such key here; it goes with optimizer=adamw"),
@@ -65,6 +73,14 @@ def test_all_overrides_that_cannot_be_applied_are_reported_at_once() -> None:
         ("parallel.num_micro_batches=33", "must be at most the examples of one rank in one step, 32"),
         ("model.hidden_sizes=[]", "model.hidden_sizes=[]: must be one or more sizes"),
         ("run.dir=", "run.dir=: must name a folder"),
+        ("resume=/no/where", "resume=/no/where: there is no such checkpoint or run; choose auto|never"),
+        ("resume.allow_changes=[optimiser]", "resume.allow_changes=optimiser: no such key or group"),
+        ("train.checkpoint_every=-1", "train.checkpoint_every=-1: must be at least 0"),
+        ("train.batch_schedule=steps", "train.batch_growth_steps=[]: must be ascending steps"),
+        ("train.batch_growth_steps=[5]", "train.batch_growth_steps=[5]: must be ascending steps"),
+        ("train.max_batch_size=32", "train.max_batch_size=32: must be 0 or at least train.global_batch_size"),
+        ("data.max_shift=15", "data.max_shift=15: must be at most 14"),
+        ("data.max_rotation=181", "data.max_rotation=181.0: must be at most 180"),
     ],
 )
 def test_values_out_of_bounds(override: str, message: str) -> None:
@@ -73,6 +89,28 @@ def test_values_out_of_bounds(override: str, message: str) -> None:
         validate(cfg, TWO_RANKS)
     assert len(error.value.problems) == 1
     assert message in error.value.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("task", "override", "message"),
+    [
+        ("mnist_cnn", "model.channels=[12]", "model.channels=[12]: must be one to four multiples of 8"),
+        ("transformer_lm", "model.num_heads=3", "model.num_heads=3: must divide model.width=128"),
+        ("transformer_lm", "model.context=0", "model.context=0: must be at least 1"),
+        ("linear_regression", "data.noise=-1", "data.noise=-1.0: must be at least 0"),
+    ],
+)
+def test_values_out_of_bounds_of_other_tasks(task: str, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        validate(compose(task, [override]), TWO_RANKS)
+    assert error.value.problems[0].startswith(message)
+
+
+def test_the_noise_scale_needs_two_ranks() -> None:
+    cfg = compose("mnist_mlp", ["train.batch_schedule=noise_scale"])
+    validate(cfg, TWO_RANKS)
+    with pytest.raises(ConfigError, match="compares the gradients of ranks, and there is one"):
+        validate(cfg, Topology(0, 1, 0, 1))
 
 
 def test_a_run_folder_must_be_unfinished_and_writable(tmp_path: Path) -> None:

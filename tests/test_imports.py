@@ -8,7 +8,11 @@ from tests.launch import FRAMEWORKS, ROOT, run
 import pytest
 
 FOREIGN = "{'torch', 'tensorflow', 'keras', 'horovod'}"
-NEUTRAL = [path.stem for path in sorted((ROOT / "common").glob("[!_]*.py"))]
+NEUTRAL = [
+    f"common.{folder}{path.stem}"
+    for folder in ("", "datasets.", "commands.")
+    for path in sorted((ROOT / "common" / folder.rstrip(".")).glob("[!_]*.py"))
+]
 
 
 def imported(statements: str, names: str) -> str:
@@ -19,8 +23,7 @@ def imported(statements: str, names: str) -> str:
 
 
 def test_neutral_modules_import_no_framework() -> None:
-    modules = ", ".join(f"common.{name}" for name in (*NEUTRAL, "datasets"))
-    assert imported(f"import {modules}", FOREIGN) == "[]"
+    assert imported(f"import {', '.join(NEUTRAL)}", FOREIGN) == "[]"
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
@@ -46,5 +49,8 @@ def test_a_missing_framework_is_named_with_its_extra() -> None:
 
 def test_the_list_of_recipes_has_a_line_for_each() -> None:
     lines = run([sys.executable, "-m", "recipes"]).stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["mnist_mlp_tf", "mnist_mlp_torch"]
-    assert lines[1].endswith("Handwritten digits with a multilayer perceptron, in PyTorch.")
+    names = [line.split()[0] for line in lines]
+    tasks = ("linear_regression", "mnist_cnn", "mnist_mlp", "transformer_lm")
+    assert names[:8] == [f"{task}_{framework}" for task in tasks for framework in ("tf", "torch")]
+    assert {"check-ledger", "generate", "shard-data"} <= set(names[8:])
+    assert lines[5].endswith("Handwritten digits with a multilayer perceptron, in PyTorch.")

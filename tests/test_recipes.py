@@ -103,7 +103,7 @@ def mistakes(tmp_path: Path) -> dict[str, list[str]]:
     return {
         "train.epoch=3": ["train.epoch=3: no such key", "did you mean train.epochs?"],
         "train.epochs=many": ["train.epochs=many: wrong type", "train.epochs=20"],
-        "optimizer=adma": ["optimizer=adma: no such option", "optimizer=adamw|sgd"],
+        "optimizer=adma": ["optimizer=adma: no such option", "optimizer=adamw|gradient_descent|sgd"],
         "train.global_batch_size=1": ["train.global_batch_size=1: must be at least the number of ranks, 2"],
         "data=mnist data.root=/no/folder": ["data.root=/no/folder: there is no such folder", "data=digits"],
         f"data=mnist data.root={tmp_path}": ["train-images-idx3-ubyte.gz is damaged", "get the file again"],

@@ -48,7 +48,8 @@ class _ApplyMean:
         # Horovod sums no bfloat16 on CPUs, and a message has one dtype.
         dtype = tf.float64 if any(gradient.dtype == tf.float64 for gradient in dense) else tf.float32
         weight = tf.cast(num_examples, dtype)
-        weighted = [tf.cast(gradient, dtype) * weight for gradient in dense]
+        # Of no examples a gradient may be NaN.
+        weighted = [tf.math.multiply_no_nan(tf.cast(gradient, dtype), weight) for gradient in dense]
         total, *sums = gradients.sum_over_replicas([weight, *weighted], self._topology)
         means = (tf.cast(value / total, gradient.dtype) for value, gradient in zip(sums, dense, strict=True))
         return [None if gradient is None else next(means) for gradient in grads]
@@ -183,15 +184,17 @@ class Synchronise(keras.callbacks.Callback):
             variable.assign(tf.cast(value, variable.dtype))
 
     def _average_statistics(self) -> None:
+        """The mean over the ranks; one that had no examples in the last step may have come to NaN."""
         variables = [variable for variable in self.model.non_trainable_weights if "float" in variable.dtype]
-        for variable, value in zip(variables, self._sums(variables), strict=True):
-            variable.assign(tf.cast(value / self._topology.num_replicas, variable.dtype))
+        known = [tf.math.is_finite(variable.value) for variable in variables]
+        values = [tf.where(mask, variable.value, 0) for mask, variable in zip(known, variables, strict=True)]
+        sums, counts = self._sums(values), self._sums(known)
+        for variable, value, count in zip(variables, sums, counts, strict=True):
+            variable.assign(tf.cast(value / count, variable.dtype))
 
-    def _sums(self, variables: Sequence[keras.Variable]) -> list[tf.Tensor]:
+    def _sums(self, values: Sequence[tf.Tensor | keras.Variable]) -> list[tf.Tensor]:
         """The sums over the ranks, in double precision, where the mean of equal numbers is that number."""
-        return gradients.sum_over_replicas(
-            [tf.cast(variable.value, tf.float64) for variable in variables], self._topology
-        )
+        return gradients.sum_over_replicas([tf.cast(value, tf.float64) for value in values], self._topology)
 
 
 def _count_examples(model: keras.Model) -> None:

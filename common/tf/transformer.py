@@ -10,6 +10,9 @@ Shapes: B examples, T tokens, W width, N heads, H = W / N, V vocabulary, S token
 
 from collections.abc import Sequence
 
+from common.config import LMConfig
+from common.sampling import Window
+
 import keras
 import numpy as np
 import tensorflow as tf
