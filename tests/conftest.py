@@ -7,16 +7,17 @@ session that was started by hand launches it when it meets the first of them, an
 import importlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import TypeAlias
 
 from tests import launch
 
 import pytest
 
 RESULTS = "TEST_RANKS_RESULTS"  # in the environment of a rank: the folder that the ranks of its launch share
-SECONDS = 150  # for one launch; a hang ends here
+SECONDS = 300  # for one launch; a hang ends here
 
 Reports = dict[str, list[str]]  # test -> what went wrong on ranks; one "" for each rank where nothing did
 
@@ -43,6 +44,20 @@ def shared_path(request: pytest.FixtureRequest) -> Path:
     return folder
 
 
+Launches: TypeAlias = Callable[[str, int], Path]
+
+
+@pytest.fixture
+def launches(request: pytest.FixtureRequest) -> Launches:
+    """Gives the folder of a launch, with those of its tests; starts it if it was not yet."""
+    session = request.session
+
+    def folder(framework: str, num_ranks: int) -> Path:
+        return _launched(session, (framework, num_ranks))[2]
+
+    return folder
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     if isinstance(item, pytest.Function) and _launch_key(item) and RESULTS not in os.environ:
@@ -65,12 +80,7 @@ def _report(item: pytest.Function) -> None:
     """Passes or fails as the test did on its ranks; the first test of a launch starts it."""
     key = _launch_key(item)
     assert key is not None
-    launches = item.config.stash.setdefault(_LAUNCHES, {})
-    if key not in launches:
-        ids = [other.nodeid for other in item.session.items if _launch_key(other) == key]
-        folder = item.config._tmp_path_factory.mktemp("-".join(map(str, key)))  # type: ignore[attr-defined]
-        launches[key] = _launch(ids, key[1], folder)
-    reports, output = launches[key]
+    reports, output, _ = _launched(item.session, key)
     of_ranks = reports.get(item.nodeid, [])
     problems = [problem for problem in of_ranks if problem]
     if problems:
@@ -82,7 +92,17 @@ def _report(item: pytest.Function) -> None:
     pytest.fail(f"reported by {len(of_ranks)} of {key[1]} ranks; the launch printed:\n{output}", pytrace=False)
 
 
-_LAUNCHES = pytest.StashKey[dict[tuple[str, int], tuple[Reports, str]]]()
+_LAUNCHES = pytest.StashKey[dict[tuple[str, int], tuple[Reports, str, Path]]]()
+
+
+def _launched(session: pytest.Session, key: tuple[str, int]) -> tuple[Reports, str, Path]:
+    """The reports, the output and the folder of a launch, which runs all tests of the session that have the key."""
+    launches = session.config.stash.setdefault(_LAUNCHES, {})
+    if key not in launches:
+        ids = [other.nodeid for other in session.items if _launch_key(other) == key]
+        folder = session.config._tmp_path_factory.mktemp("-".join(map(str, key)))  # type: ignore[attr-defined]
+        launches[key] = (*_launch(ids, key[1], folder), folder)
+    return launches[key]
 
 
 def _launch(ids: list[str], num_ranks: int, folder: Path) -> tuple[Reports, str]:

@@ -6,10 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 # Those that are installed; `make setup FRAMEWORKS=torch` leaves the other one out.
 FRAMEWORKS = [name for name, module in (("torch", "torch"), ("tf", "tensorflow")) if find_spec(module)]
@@ -51,6 +55,38 @@ def horovodrun(
     """Runs `python <arguments>` on so many ranks of this host."""
     launcher = ["horovodrun", "--gloo", "-np", str(num_ranks)]
     return run([*launcher, sys.executable, *arguments], timeout, env)
+
+
+def kill_when(
+    ready: Callable[[], bool], num_ranks: int, *arguments: str | Path, signal_number: int = signal.SIGKILL
+) -> subprocess.CompletedProcess[str]:
+    """Starts ranks as horovodrun() does, and sends a signal when ready: SIGKILL to all processes, others to the job."""
+    launcher = ["horovodrun", "--gloo", "-np", str(num_ranks), sys.executable]
+    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    with subprocess.Popen(
+        [*launcher, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                if ready():
+                    break
+            except (OSError, ValueError):  # not there yet, or a line that is being written
+                pass
+            time.sleep(0.02)
+        processes = [process.pid]
+        if signal_number == signal.SIGKILL:
+            processes += [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        for pid in processes:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal_number)
+        output, _ = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, output)
 
 
 def train(num_ranks: int, recipe: str, folder: Path, *overrides: str) -> list[dict[str, Any]]:

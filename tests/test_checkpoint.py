@@ -135,7 +135,7 @@ def test_without_a_sound_checkpoint_nothing_is_started_or_overwritten(tmp_path: 
     damage(tmp_path / "checkpoints/step-00000002", "cut")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for source in ("auto", "never", str(tmp_path), str(tmp_path / "checkpoints/step-00000002")):
-        with pytest.raises(ConfigError, match="sound checkpoint|holds checkpoints"):
+        with pytest.raises(ConfigError, match=r"sound checkpoint|holds checkpoints"):
             run(tmp_path, f"resume={source}")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 

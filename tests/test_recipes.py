@@ -3,50 +3,152 @@
 import gzip
 import importlib
 import json
+import shutil
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from common import checkpoint, ledger
+from common.commands import shard_data
 from common.composition import compose
 from common.config import MnistMLPConfig
 from common.datasets import digits, mnist
 from common.run import TrainingError
-from tests.launch import FRAMEWORKS, horovodrun, read_events, run, train
+from tests.conftest import Launches
+from tests.launch import FRAMEWORKS, horovodrun, kill_when, read_events, run, train
 from tests.test_datasets import write_idx
 
+import numpy as np
 import pytest
 
-RECIPES = [f"mnist_mlp_{framework}" for framework in FRAMEWORKS]
+# What each task is trained with here: small, 36 steps within the third epoch or before, every loss logged.
+SMALL = {
+    "linear_regression": ["train.global_batch_size=60"],
+    "mnist_cnn": ["model.channels=[8,16]", "model.hidden_size=32"],
+    "mnist_mlp": ["model.hidden_sizes=[64]"],
+    "transformer_lm": [
+        *("data.path=README.md", "model.width=32", "model.num_layers=2", "model.num_heads=2", "model.context=16"),
+        *("train.global_batch_size=20", "lr_schedule.warmup_steps=10"),
+    ],
+}
+COMMON = ["train.max_steps=36", "train.log_every=1"]
+TASKS = list(SMALL)
+RECIPES = [f"{task}_{framework}" for task in TASKS for framework in FRAMEWORKS]
+MLPS = [f"mnist_mlp_{framework}" for framework in FRAMEWORKS]
+RANKS = (1, 2, 3, 4)
 
 
-def losses(events: list[dict[str, Any]]) -> list[float]:
-    return [event["train_loss"] for event in events if "train_loss" in event]
+def losses(events: list[dict[str, Any]]) -> dict[int, float]:
+    """Step -> train_loss."""
+    return {event["step"]: event["train_loss"] for event in events if "train_loss" in event}
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_one_loss_curve_for_every_layout(recipe: str, tmp_path: Path) -> None:
-    short = ("train.max_steps=60", "train.log_every=10")
+def train_here(framework: str, task: str, folder: Path, *overrides: str) -> dict[int, float]:
+    """Trains in this process, which is one of the ranks."""
+    recipe = importlib.import_module(f"recipes.{task}_{framework}")
+    recipe.train(compose(task, [f"run.dir={folder}", *overrides]))
+    return losses(read_events(folder))
+
+
+@pytest.mark.ranks(*RANKS)
+@pytest.mark.parametrize("task", TASKS)
+def test_a_short_run(framework: str, task: str, shared_path: Path) -> None:
+    """Its losses are compared with those of other numbers of ranks below."""
+    curve = train_here(framework, task, shared_path / task, *SMALL[task], *COMMON, "data.ledger=true")
+    assert list(curve) == list(range(1, 37))
+    assert curve[36] < 0.9 * curve[1]
+    for is_right, line in ledger.check(shared_path / task):
+        assert is_right, line
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_one_loss_curve_for_every_number_of_ranks(framework: str, task: str, launches: Launches) -> None:
     one, *others = (
-        losses(train(num_ranks, recipe, tmp_path / "run", *short, f"parallel.num_micro_batches={parts}"))
-        for num_ranks, parts in ((1, 1), (2, 1), (3, 1), (4, 1), (2, 4))
+        losses(read_events(launches(framework, num_ranks) / "test_a_short_run" / task)) for num_ranks in RANKS
     )
-    assert len(one) == 7
-    assert one[-1] < 0.5 * one[0]
     for other in others:
         assert other == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.ranks(2)
+@pytest.mark.parametrize("task", TASKS)
+def test_micro_batches_leave_the_curve_as_it_is(framework: str, task: str, shared_path: Path) -> None:
+    whole, cut = (
+        train_here(
+            framework, task, shared_path / f"{task}{parts}", *SMALL[task], *COMMON, *of_parts, "train.max_steps=9"
+        )
+        for parts, of_parts in (("1", []), ("4", ["parallel.num_micro_batches=4"]))
+    )
+    assert cut == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_killed_job_goes_on_at_another_number_of_ranks(
+    framework: str, task: str, tmp_path: Path, launches: Launches
+) -> None:
+    overrides = [*SMALL[task], *COMMON, f"run.dir={tmp_path}", "train.checkpoint_every=5", "data.ledger=true"]
+    command = ["-m", f"recipes.{task}_{framework}", *overrides]
+    kill_when(lambda: any(event["step"] > 12 for event in read_events(tmp_path)), 2, *command)
+    assert (tmp_path / "checkpoints/step-00000010").is_dir()
+    assert not (tmp_path / "summary.json").exists()
+    job = horovodrun(3, *command)
+    assert job.returncode == 0, job.stdout
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["resumed_from_step"] >= 10
+    whole = losses(read_events(launches(framework, 1) / "test_a_short_run" / task))
+    assert losses(read_events(tmp_path)) == pytest.approx(whole, rel=1e-5)
+    for is_right, line in ledger.check(tmp_path):
+        assert is_right, line
+
+
+@pytest.mark.skipif(len(FRAMEWORKS) < 2, reason="needs both frameworks")
+@pytest.mark.parametrize(("task", "tolerance"), [("mnist_mlp", 1e-4), ("mnist_cnn", 1e-3), ("transformer_lm", 1e-4)])
+def test_twins_that_start_from_one_checkpoint_have_one_curve(task: str, tolerance: float, tmp_path: Path) -> None:
+    overrides = [*SMALL[task], "train.max_steps=52", "train.log_every=1", "optimizer=adamw", "train.clip_norm=0.5"]
+    first = tmp_path / "torch"
+    saving = ("train.checkpoint_every=1", "train.keep_checkpoints=99")
+    torch = losses(train(2, f"{task}_torch", first, *overrides, *saving))
+    tf = losses(train(2, f"{task}_tf", tmp_path / "tf", *overrides, f"resume={first}/checkpoints/step-00000002"))
+    assert list(tf) == list(range(3, 53))
+    assert tf == pytest.approx({step: torch[step] for step in tf}, rel=tolerance)
+
+
+@pytest.mark.parametrize("recipe", [f"linear_regression_{framework}" for framework in FRAMEWORKS])
+def test_gradient_descent_finds_the_least_squares_solution(recipe: str, tmp_path: Path) -> None:
+    events = train(3, recipe, tmp_path / "run")
+    assert events[-1]["test_distance"] < 1e-6
+
+
+@pytest.mark.parametrize("recipe", MLPS)
+def test_sigterm_leaves_a_checkpoint_and_its_status(recipe: str, tmp_path: Path) -> None:
+    command = ["-m", f"recipes.{recipe}", f"run.dir={tmp_path}", "train.epochs=1000", "train.log_every=1"]
+    job = kill_when(lambda: len(read_events(tmp_path)) > 5, 2, *command, signal_number=signal.SIGTERM)
+    assert job.returncode == 143, job.stdout
+    assert job.stdout.count("as asked by a signal; the same command with run.dir=") == 1
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert f"stopped at step {int(saved.name[-8:])}," in job.stdout
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_the_batch_grows_alike_on_all_ranks(framework: str, tmp_path: Path) -> None:
+    growing = ("train.batch_schedule=noise_scale", "train.global_batch_size=8", "train.max_batch_size=64")
+    events = train(2, f"mnist_mlp_{framework}", tmp_path / "run", *growing, "train.epochs=3", "train.log_every=10")
+    sizes = [event["batch_size"] for event in events if "batch_size" in event]
+    assert sizes[0] == 8
+    assert sizes[-1] > 8
+    assert events[-1]["test_accuracy"] > 0.85
+
+
+@pytest.mark.ranks(2)
 def test_in_fp64_nothing_but_rounding_is_left(framework: str, shared_path: Path) -> None:
-    train_here = importlib.import_module(f"recipes.mnist_mlp_{framework}").train
-    curves = []
-    for parts in (1, 4):
-        folder = shared_path / str(parts)
-        overrides = ["precision=fp64", "train.max_steps=30", "train.log_every=5", f"parallel.num_micro_batches={parts}"]
-        train_here(compose("mnist_mlp", [*overrides, f"run.dir={folder}"]))
-        curves.append(losses(read_events(folder)))
-    assert curves[0] == pytest.approx(curves[1], rel=1e-9)
+    common = ("precision=fp64", "train.max_steps=30", "train.log_every=5")
+    whole = train_here(framework, "mnist_mlp", shared_path / "whole", *common)
+    cut = train_here(framework, "mnist_mlp", shared_path / "cut", *common, "parallel.num_micro_batches=4")
+    assert cut == pytest.approx(whole, rel=1e-9)
 
 
 @pytest.mark.ranks(2)
@@ -55,28 +157,27 @@ def test_a_run_without_averaging_is_caught(
 ) -> None:
     if framework == "torch":
         from common.torch.gradients import Gradients
-        from recipes.mnist_mlp_torch import train as train_here
+        from recipes.mnist_mlp_torch import train
 
         monkeypatch.setattr(Gradients, "_send", lambda self, number: None)
     else:
         from common.tf import gradients
-        from recipes.mnist_mlp_tf import train as train_here
+        from recipes.mnist_mlp_tf import train
 
-        monkeypatch.setattr(gradients, "sum_over_replicas", lambda grads, topology: grads)
+        monkeypatch.setattr(gradients, "sum_over_replicas", lambda grads, topology, bucket_bytes: grads)
     folders = {name: shared_path / name for name in ("broken", "sound")}
     cfg = compose("mnist_mlp", ["train.max_steps=3", "train.log_every=1", f"run.dir={folders['broken']}"])
     assert isinstance(cfg, MnistMLPConfig)
     with pytest.raises(TrainingError, match=r"ranks \[1\] hold other weights than rank 0"):
-        train_here(cfg)
+        train(cfg)
     monkeypatch.undo()
     cfg.run.dir = str(folders["sound"])
-    assert train_here(cfg)["completed"]
+    assert train(cfg)["completed"]
     broken, sound = (losses(read_events(folder)) for folder in folders.values())
-    assert broken[0] == pytest.approx(sound[0], rel=1e-5)
-    assert broken[2] != pytest.approx(sound[2], rel=1e-5)
+    assert broken[3] != pytest.approx(sound[3], rel=1e-5)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", MLPS)
 def test_without_horovodrun_a_recipe_is_one_rank(recipe: str, tmp_path: Path) -> None:
     overrides = ["train.max_steps=2", "optimizer=adamw", "precision=fp64", "model.dropout=0.5"]
     result = run([sys.executable, "-m", f"recipes.{recipe}", f"run.dir={tmp_path}", *overrides])
@@ -85,7 +186,7 @@ def test_without_horovodrun_a_recipe_is_one_rank(recipe: str, tmp_path: Path) ->
     assert (summary["world_size"], summary["steps"], summary["wire_bytes_per_step"]) == (1, 2, 0)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", MLPS)
 def test_idx_files_train_and_the_defaults_reach_their_accuracy(recipe: str, tmp_path: Path) -> None:
     for prefix, split in zip(("train", "t10k"), digits.load(), strict=True):
         write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", split.images)
@@ -94,8 +195,12 @@ def test_idx_files_train_and_the_defaults_reach_their_accuracy(recipe: str, tmp_
     assert events[-1]["test_accuracy"] >= 0.95
 
 
+NUM_MISTAKES = 14
+
+
 def mistakes(tmp_path: Path) -> dict[str, list[str]]:
     """Overrides that cannot be run -> parts of the message."""
+    shards, checkpoints = shards_of_digits(tmp_path), checkpoint_folders(tmp_path)
     (tmp_path / "finished").mkdir()
     (tmp_path / "finished" / "summary.json").touch()
     for name in mnist.FILES:
@@ -110,12 +215,53 @@ def mistakes(tmp_path: Path) -> dict[str, list[str]]:
         f"run.dir={tmp_path / 'finished'}": ["holds a finished run", "choose another folder"],
         "optimizer.lr=-0.1 train.epochs=0": ["optimizer.lr=-0.1: must be greater than 0", "train.epochs=0: must be"],
         f"run.dir={'x' * 300}": ["File name too long; choose a path that can be used"],
+        f"data=image_shards data.path={shards['flipped']}": ["train-images-00000.bin", "SHA-256"],
+        f"data=image_shards data.path={shards['missing']}": ["train-images-00000.bin"],
+        f"data=image_shards data.path={shards['foreign']}": ["train-images-00000.bin"],
+        f"resume={checkpoints['cut']}": ["step-00000002: is no sound checkpoint: weights.safetensors was cut off"],
+        f"resume={checkpoints['other']}": ["is a checkpoint of mnist_cnn, not of mnist_mlp"],
     }
+
+
+def shards_of_digits(folder: Path) -> dict[str, Path]:
+    """Shards that are damaged in several ways."""
+    train_split, test_split = digits.load()
+    for name, size in (("sound", 600), ("others", 500)):
+        files = folder / f"{name}.idx"
+        files.mkdir()
+        for prefix, split in (("train", train_split), ("t10k", test_split)):
+            write_idx(files / f"{prefix}-images-idx3-ubyte", split.images[:size])
+            write_idx(files / f"{prefix}-labels-idx1-ubyte", split.classes[:size])
+        shard_data.main(["source=idx", f"path={files}", f"out={folder / name}"])
+    damaged = {how: folder / how for how in ("flipped", "missing", "foreign")}
+    for how, path in damaged.items():
+        shutil.copytree(folder / "sound", path)
+        shard = path / "train-images-00000.bin"
+        if how == "flipped":
+            content = bytearray(shard.read_bytes())
+            content[1000] ^= 1
+            shard.write_bytes(content)
+        elif how == "missing":
+            shard.unlink()
+        else:
+            shutil.copy(folder / "others" / "index.json", path)
+    return damaged
+
+
+def checkpoint_folders(folder: Path) -> dict[str, Path]:
+    """A checkpoint that is cut off, and one of another task."""
+    state = {"task": "mnist_cnn", "fingerprint": "", "config": {}, "position": {"step": 2, "epoch": 1, "offset": 0}}
+    folders = {name: folder / name / "step-00000002" for name in ("cut", "other")}
+    for path in folders.values():
+        checkpoint.write(path, {"0.weight": np.zeros(3)}, {}, state)
+    weights = folders["cut"] / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    return folders
 
 
 @pytest.mark.parametrize(
     ("recipe", "number"),
-    [(RECIPES[0], number) for number in range(9)] + [(RECIPES[-1], 0), (RECIPES[-1], 5)],  # neutral code but for two
+    [(MLPS[0], number) for number in range(NUM_MISTAKES)] + [(MLPS[-1], 0), (MLPS[-1], 5)],  # neutral code but for two
 )
 def test_a_mistake_has_one_message_and_status_2_on_every_rank(recipe: str, number: int, tmp_path: Path) -> None:
     overrides, message = list(mistakes(tmp_path).items())[number]

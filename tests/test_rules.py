@@ -13,7 +13,6 @@ from common.topology import Topology
 import numpy as np
 import pytest
 
-
 ALONE = Topology(0, 1, 0, 1)
 
 
@@ -73,7 +72,8 @@ def test_random_numbers_depend_on_seed_epoch_and_example_alone() -> None:
     numbers = np.arange(20_000)
     drawn = uniform(1, 2, numbers, 3)
     assert np.array_equal(drawn[[7, 5]], uniform(1, 2, np.array([7, 5]), 3))
-    assert (drawn.min() >= 0) and (drawn.max() < 1)
+    assert drawn.min() >= 0
+    assert drawn.max() < 1
     assert np.abs(drawn.mean(axis=0) - 0.5).max() < 0.01
     assert (
         np.abs(np.corrcoef([*drawn.T, *uniform(1, 3, numbers, 3).T, *uniform(2, 2, numbers, 3).T]) - np.eye(9)).max()

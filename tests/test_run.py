@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-
 NUMBERS = Measurements(np.zeros((10, 1)), np.zeros((10, 1)))
 
 

@@ -164,7 +164,7 @@ def test_bpe_trains_on_a_bounded_sample_from_all_over_the_text(monkeypatch: pyte
         (b"x" * 100, "byte", 0, "use a model.context of at most 9, or more text"),
         (b"x" * 50 + b"\xff" + b"x" * 50, "byte", 0, "{path} is not UTF-8 (at byte 50); convert it (iconv -t UTF-8)"),
         (b"x" * 97 + b"\xe5\xad", "char", 0, "{path} is not UTF-8 (at byte 97)"),
-        (b"x" * 1000, "bpe", 256, "data.vocabulary_size=256: must be 257 (the bytes and one pair) to 1048576"),
+        (b"x" * 1000, "bpe", 256, "data.vocabulary_size=256: must be 257 (the bytes and one pair) to 65536"),
         (b"x" * 1000, "bpe", 10**12, "data.vocabulary_size=1000000000000: must be 257"),
     ],
 )

@@ -17,7 +17,7 @@ from common.config import ConfigError, TokenizerKind
 import numpy as np
 
 SMALLEST_BPE = 257  # the bytes and one pair
-LARGEST_BPE = 1 << 20
+LARGEST_BPE = 1 << 16  # what the memory of training is measured up to
 # Longer words are cut, as the time and memory of training grow with the length of the longest: text without spaces.
 MAX_WORD_BYTES = 32
 BLOCKS_AT_ONCE = 16  # encoded in parallel where TOKENIZERS_PARALLELISM=true

@@ -38,25 +38,27 @@ class _ApplyMean:
 
     def __call__(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
         num_examples, self.num_examples = self.num_examples, None
+        # On one rank too: Keras squares a sparse gradient before it adds up the rows that are there twice.
+        dense = [None if gradient is None else _dense(gradient) for gradient in grads]
         if self._topology.num_replicas > 1:
-            grads = self._mean(grads, 1 if num_examples is None else num_examples)
-        self._apply(grads, trainable_variables)
+            dense = self._mean(dense, 1 if num_examples is None else num_examples)
+        self._apply(dense, trainable_variables)
 
-    def _mean(self, grads: Sequence[Any], num_examples: int | tf.Tensor) -> list[tf.Tensor | None]:
+    def _mean(self, grads: Sequence[tf.Tensor | None], num_examples: int | tf.Tensor) -> list[tf.Tensor | None]:
         """The mean gradients; what is None stays so, and Keras says what it has to say about it."""
-        dense = [_dense(gradient) for gradient in grads if gradient is not None]
-        # Horovod sums no bfloat16 on CPUs, and a message has one dtype.
-        dtype = tf.float64 if any(gradient.dtype == tf.float64 for gradient in dense) else tf.float32
+        given = [gradient for gradient in grads if gradient is not None]
+        # A message has one dtype, and sums of many float16 would overflow.
+        dtype = tf.float64 if any(gradient.dtype == tf.float64 for gradient in given) else tf.float32
         weight = tf.cast(num_examples, dtype)
-        # Of no examples a gradient may be NaN.
-        weighted = [tf.math.multiply_no_nan(tf.cast(gradient, dtype), weight) for gradient in dense]
+        # The gradient of a placeholder may be NaN.
+        weighted = [tf.math.multiply_no_nan(tf.cast(gradient, dtype), weight) for gradient in given]
         total, *sums = gradients.sum_over_replicas([weight, *weighted], self._topology)
-        means = (tf.cast(value / total, gradient.dtype) for value, gradient in zip(sums, dense, strict=True))
+        means = (tf.cast(value / total, gradient.dtype) for value, gradient in zip(sums, given, strict=True))
         return [None if gradient is None else next(means) for gradient in grads]
 
 
 def _dense(gradient: tf.Tensor | tf.IndexedSlices) -> tf.Tensor:
-    """The gradient as a tensor; an embedding's comes as the rows that were used, other ones on each rank."""
+    """The gradient as a tensor; an embedding's comes as rows and their numbers, which differ between ranks."""
     return tf.ensure_shape(tf.convert_to_tensor(gradient), gradient.shape)
 
 
@@ -94,7 +96,8 @@ class Synchronise(keras.callbacks.Callback):
     def set_model(self, model: keras.Model) -> None:
         """Prepares the model's step before Keras traces it."""
         if model is not self.model:
-            _count_examples(model)
+            if not isinstance(getattr(model.compute_loss, "__self__", None), _WeighedStep):
+                _WeighedStep(model)
             if self._topology.num_replicas > 1 and model.jit_compile:
                 model.jit_compile = False  # XLA has no kernels for Horovod's operations
             model.train_function = None  # it may have been traced without this callback
@@ -179,46 +182,83 @@ class Synchronise(keras.callbacks.Callback):
 
     def _sum_metrics(self) -> None:
         """Every rank then has the state that one rank would have after all examples."""
-        variables = [variable for metric in _metrics(self.model) for variable in metric.variables]
+        variables = _variables(self.model)
         for variable, value in zip(variables, self._sums(variables), strict=True):
             variable.assign(tf.cast(value, variable.dtype))
 
     def _average_statistics(self) -> None:
-        """The mean over the ranks; one that had no examples in the last step may have come to NaN."""
         variables = [variable for variable in self.model.non_trainable_weights if "float" in variable.dtype]
-        known = [tf.math.is_finite(variable.value) for variable in variables]
-        values = [tf.where(mask, variable.value, 0) for mask, variable in zip(known, variables, strict=True)]
-        sums, counts = self._sums(values), self._sums(known)
-        for variable, value, count in zip(variables, sums, counts, strict=True):
-            variable.assign(tf.cast(value / count, variable.dtype))
+        for variable, value in zip(variables, self._sums(variables), strict=True):
+            variable.assign(tf.cast(value / self._topology.num_replicas, variable.dtype))
 
-    def _sums(self, values: Sequence[tf.Tensor | keras.Variable]) -> list[tf.Tensor]:
+    def _sums(self, variables: Sequence[keras.Variable]) -> list[tf.Tensor]:
         """The sums over the ranks, in double precision, where the mean of equal numbers is that number."""
-        return gradients.sum_over_replicas([tf.cast(value, tf.float64) for value in values], self._topology)
+        return gradients.sum_over_replicas(
+            [tf.cast(variable.value, tf.float64) for variable in variables], self._topology
+        )
 
 
-def _count_examples(model: keras.Model) -> None:
-    """Makes the model's step tell the optimizer of how many examples the loss is the mean."""
-    compute_loss = model.compute_loss
+class _WeighedStep:
+    """Stands in for the methods `compute_loss` and `compute_metrics` of a model.
 
-    def compute(
-        x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    It tells the optimizer of how many examples the loss is the mean. Where there are none, the batch is a placeholder
+    (see ShardedBatches): the loss is 0 and the metrics stay what they were before the step.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        self._model = model
+        self._compute_loss, self._compute_metrics = model.compute_loss, model.compute_metrics
+        self._before: dict[int, tf.Tensor] = {}
+        model.compute_loss, model.compute_metrics = self.compute_loss, self.compute_metrics
+
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> tf.Tensor:
-        apply = getattr(model.optimizer, "apply", None)
-        if training and isinstance(apply, _ApplyMean):
-            apply.num_examples = tf.shape(
-                next(part for part in keras.tree.flatten((x, y, y_pred)) if part is not None)
-            )[0]
-        if model._compute_loss_has_training_arg:
-            return compute_loss(x, y, y_pred, sample_weight, training=training)
-        return compute_loss(x, y, y_pred, sample_weight)
+        num_rows = _num_rows((x, y_pred))
+        num_examples = _num_rows((y, x, y_pred))
+        if training and _is_distributed(self._model.optimizer):
+            self._model.optimizer.apply.num_examples = num_examples
+        self._before = {id(variable): tf.identity(variable.value) for variable in _variables(self._model)}
+        arguments = (x, _filled(y, num_rows), y_pred, _filled(sample_weight, num_rows))
+        has_training = {"training": training} if self._model._compute_loss_has_training_arg else {}
+        return tf.where(num_examples > 0, self._compute_loss(*arguments, **has_training), 0)
 
-    model.compute_loss = compute
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
+        num_rows = _num_rows((x, y_pred))
+        results: dict[str, Any] = self._compute_metrics(
+            x, _filled(y, num_rows), y_pred, _filled(sample_weight, num_rows)
+        )
+        for variable in _variables(self._model):
+            before = self._before.get(id(variable), tf.zeros_like(variable.value))
+            variable.assign(tf.where(_num_rows((y, x, y_pred)) > 0, variable.value, before))
+        return results
+
+
+def _num_rows(nest: Any) -> tf.Tensor:
+    """() int32, the size of the first tensor."""
+    return tf.shape(next(tensor for tensor in keras.tree.flatten(nest) if tensor is not None))[0]
+
+
+def _filled(nest: Any, num_rows: tf.Tensor) -> Any:
+    """The tensors, with rows of zeros where they have none."""
+
+    def fill(tensor: Any) -> Any:
+        if tensor is None:
+            return None
+        missing = tf.where(tf.shape(tensor)[0] == 0, num_rows, 0)
+        return tf.pad(tensor, [[0, missing], *[[0, 0]] * (len(tensor.shape) - 1)])
+
+    return keras.tree.map_structure(fill, nest)
 
 
 def _metrics(model: keras.Model) -> list[keras.Metric]:
     """All metrics of the model; those of compile are in a container."""
     return [inner for metric in model.metrics for inner in getattr(metric, "metrics", [metric])]
+
+
+def _variables(model: keras.Model) -> list[keras.Variable]:
+    """The variables of all metrics of the model."""
+    return [variable for metric in model.metrics for variable in metric.variables]
 
 
 def _check_compiled(model: keras.Model) -> None:
@@ -264,7 +304,8 @@ class ShardedBatches(keras.utils.PyDataset):
     """This rank's part of each global batch, in the recipes' order; fit needs shuffle=False with it.
 
     An epoch's batches are a permutation of the examples, cut into pieces; ranks' parts of a piece differ by one
-    example at most. In an epoch's last step a rank may have none: it then takes part with a batch of size 0.
+    example at most. In an epoch's last step a rank may have none: it then takes part with a placeholder, an input
+    without a target, which Synchronise counts nowhere.
 
     Args:
         x: inputs as numpy arrays, each (N, ...); one, or any nest of them.
@@ -310,7 +351,10 @@ class ShardedBatches(keras.utils.PyDataset):
                 "steps in an order of its own. The examples are shuffled within ShardedBatches."
             )
         examples, _ = self._steps[index]
-        return keras.tree.map_structure(lambda array: array[examples], self._arrays)
+        x, *others = keras.tree.map_structure(lambda array: array[examples], self._arrays)
+        if not len(examples):  # many layers cannot do without an input: TensorFlow's convolutions are among them
+            x = keras.tree.map_structure(lambda array: array[:1], self._arrays[0])
+        return x, *others
 
     def on_epoch_begin(self) -> None:
         """Keras' sign that an epoch begins; workers, if any, have begun before."""

@@ -33,7 +33,7 @@ class KeyValueCache:
         """Takes keys and values (1, T, N, H) of the tokens from a position on.
 
         Returns:
-            All keys and values, those that are still to come included, (1, S, N, H), and who looks at whom, (T, S) bool.
+            All keys and values, (1, S, N, H), where S is the whole context, and who looks at whom, (T, S) bool.
         """
         end = position + tf.shape(keys)[1]
         self.keys[:, position:end].assign(keys)
@@ -128,13 +128,16 @@ class Head(keras.Layer):
     def __init__(self, width: int, vocabulary_size: int, embedding: Embedding | None = None) -> None:
         super().__init__()
         self.norm = keras.layers.LayerNormalization(epsilon=EPSILON, name="norm")
-        self.token = embedding.token if embedding else None
-        self.projection = None if embedding else dense(vocabulary_size, "projection", bias=False)
+        self.tied = embedding is not None
+        if embedding is not None:
+            self.token = embedding.token
+        else:
+            self.projection = dense(vocabulary_size, "projection", bias=False)
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """The logits."""
         x = self.norm(x)
-        return self.projection(x) if self.projection else tf.einsum("...w,vw->...v", x, self.token.embeddings)
+        return tf.einsum("...w,vw->...v", x, self.token.embeddings) if self.tied else self.projection(x)
 
 
 class Decoder:
@@ -189,7 +192,7 @@ def residual_deviation(num_layers: int) -> float:
 
 
 def gelu(x: tf.Tensor) -> tf.Tensor:
-    """x times the normal distribution's function of x; tf.nn.gelu is the same but rounds a factor to float32."""
+    """The standard normal distribution function of x, times x; tf.nn.gelu rounds a factor to float32 in float64 too."""
     return 0.5 * x * (1 + tf.math.erf(x * 0.5**0.5))
 
 

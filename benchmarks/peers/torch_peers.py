@@ -1,0 +1,113 @@
+"""The torch recipes' work without the recipes: a plain loop, DistributedDataParallel, stock Horovod.
+
+Model, data, order, batch, optimizer, clipping, threads and precision are the recipe's; what differs is who averages.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from common import datasets
+from common.config import RunConfig, TransformerLMConfig
+from common.datasets.augment import Augmented
+from common.datasets.examples import Examples
+from common.sharding import Plan
+from common.topology import Topology
+from common.torch import optimizers, runtime
+from recipes import mnist_cnn_torch, mnist_mlp_torch, transformer_lm_torch
+
+import horovod.torch as hvd
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+RECIPES = {"mnist_mlp": mnist_mlp_torch, "mnist_cnn": mnist_cnn_torch, "transformer_lm": transformer_lm_torch}
+PORT = "29541"
+
+
+def task(name: str, cfg: Any) -> tuple[nn.Module, Examples]:
+    """The recipe's model and training examples."""
+    recipe: Any = RECIPES[name]
+    if isinstance(cfg, TransformerLMConfig):
+        corpus = datasets.load_text(cfg.data, cfg.model.context)
+        return nn.Sequential(*recipe.build_layers(cfg.model, corpus.tokenizer.vocabulary_size)), corpus.train
+    images, _ = datasets.load_images(cfg.data)
+    return nn.Sequential(*recipe.build_layers(cfg.model)), Augmented(images, cfg.data, cfg.seed)
+
+
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy, the mean over all targets."""
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+def steps(cfg: RunConfig, examples: Examples, topology: Topology) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's inputs and targets of each step."""
+    for step in Plan.of(cfg, len(examples), topology).steps():
+        inputs, targets = examples.take(step.examples, step.epoch)
+        yield torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
+def timed(batches: Iterator[tuple[Tensor, Tensor]], step: Callable[[Tensor, Tensor], None]) -> list[float]:
+    """Seconds of each step, reading its batch included."""
+    seconds = []
+    while True:
+        start = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return seconds
+        step(*batch)
+        seconds.append(time.perf_counter() - start)
+
+
+def plain(name: str, cfg: RunConfig) -> list[float]:
+    """A loop that knows nothing of other ranks."""
+    topology = runtime.init()
+    torch.manual_seed(cfg.seed)
+    model, examples = task(name, cfg)
+    return _loop(model, model, cfg, examples, topology)
+
+
+def ddp(name: str, cfg: RunConfig) -> list[float]:
+    """PyTorch's DistributedDataParallel over Gloo."""
+    topology = runtime.init()
+    if not dist.is_initialized():
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT}
+        dist.init_process_group("gloo", rank=topology.rank, world_size=topology.world_size)
+    torch.manual_seed(cfg.seed)
+    model, examples = task(name, cfg)
+    return _loop(model, DistributedDataParallel(model), cfg, examples, topology)
+
+
+def _loop(
+    model: nn.Module, wrapped: nn.Module, cfg: RunConfig, examples: Examples, topology: Topology
+) -> list[float]:
+    optimizer = optimizers.build(cfg.optimizer, model)
+
+    def step(inputs: Tensor, targets: Tensor) -> None:
+        optimizer.zero_grad()
+        mean_loss(wrapped(inputs), targets).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.train.clip_norm)
+        optimizer.step()
+
+    return timed(steps(cfg, examples, topology), step)
+
+
+def stock(name: str, cfg: RunConfig) -> list[float]:
+    """hvd.DistributedOptimizer at its defaults; to be launched with HOROVOD_EVENT_DRIVEN=0."""
+    topology = runtime.init()
+    torch.manual_seed(cfg.seed)
+    model, examples = task(name, cfg)
+    optimizer = hvd.DistributedOptimizer(optimizers.build(cfg.optimizer, model), model.named_parameters())
+
+    def step(inputs: Tensor, targets: Tensor) -> None:
+        optimizer.zero_grad()
+        mean_loss(model(inputs), targets).backward()
+        optimizer.synchronize()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.train.clip_norm)
+        with optimizer.skip_synchronize():
+            optimizer.step()
+
+    return timed(steps(cfg, examples, topology), step)

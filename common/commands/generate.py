@@ -1,0 +1,91 @@
+"""Goes on with a text, by a language model that was trained with either framework.
+
+    python -m recipes generate run.dir=FOLDER prompt="def " num_tokens=200 temperature=0.8 top_k=40 seed=0
+
+run.dir is the folder of a run of transformer_lm, or one of its checkpoints. framework=torch|tf chooses what computes; by
+default what trained, if it is installed. temperature=0 takes the most probable token, top_k=0 draws from all.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from common import checkpoint, sampling
+from common.checkpoint import Checkpoint
+from common.commands import parse
+from common.config import ConfigError, LMConfig
+from common.datasets import tokenizer
+
+import numpy as np
+from omegaconf import MISSING
+
+MODULES = {"torch": "torch", "tf": "tensorflow"}
+
+
+@dataclass
+class Arguments:
+    """What the command is told."""
+
+    run_dir: str = MISSING
+    prompt: str = "\n"
+    num_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int = 40
+    seed: int = 0
+    framework: str | None = None
+
+
+def main(words: Sequence[str]) -> None:
+    """Writes the prompt and what follows to stdout, as it comes."""
+    arguments = parse(Arguments, words)
+    _check(arguments)
+    found = checkpoint.find(Path(arguments.run_dir))
+    if found.state["task"] != "transformer_lm":
+        raise ConfigError([f"run.dir={arguments.run_dir}: is of {found.state['task']}; only transformer_lm generates"])
+    tokens = tokenizer.from_json(found.state["tokenizer"])
+    ids = tokens.encode(arguments.prompt)
+    decoder = _decoder(found, arguments.framework, tokens.vocabulary_size)
+    random = np.random.default_rng(arguments.seed)
+    stream = tokenizer.Stream(tokens)
+    sys.stdout.write(arguments.prompt)
+    for _ in range(arguments.num_tokens):
+        choice = sampling.choose(decoder.feed(ids), arguments.temperature, arguments.top_k, random)
+        sys.stdout.write(stream.add(choice))
+        sys.stdout.flush()
+        ids = np.array([choice])
+    sys.stdout.write(stream.rest() + "\n")
+
+
+def _check(arguments: Arguments) -> None:
+    """Raises a ConfigError for values that cannot be used."""
+    problems = []
+    if not arguments.prompt:
+        problems.append("prompt=: must have at least one character")
+    for name in ("num_tokens", "temperature", "top_k", "seed"):
+        value = getattr(arguments, name)
+        if not 0 <= value < float("inf"):
+            problems.append(f"{name}={value}: must be at least 0")
+    if arguments.framework is not None and not _is_installed(arguments.framework):
+        problems.append(f"framework={arguments.framework}: must be torch|tf, and installed; leave it out for either")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _decoder(found: Checkpoint, framework: str | None, vocabulary_size: int) -> Any:
+    """The model of the checkpoint, in the framework that is asked for, that trained it, or that is there."""
+    candidates = [framework] if framework else [found.state["framework"], *MODULES]
+    chosen = next(name for name in candidates if _is_installed(name))
+    recipe = importlib.import_module(f"recipes.transformer_lm_{chosen}")
+    transformer = importlib.import_module(f"common.{chosen}.transformer")
+    cfg = LMConfig(**found.state["config"]["model"])
+    decoder = transformer.Decoder(recipe.build_layers(cfg, vocabulary_size), cfg)
+    decoder.load(found.weights)
+    return decoder
+
+
+def _is_installed(framework: str) -> bool:
+    return framework in MODULES and find_spec(MODULES[framework]) is not None
