@@ -230,8 +230,8 @@ def shards_of_digits(folder: Path) -> dict[str, Path]:
         files = folder / f"{name}.idx"
         files.mkdir()
         for prefix, split in (("train", train_split), ("t10k", test_split)):
-            write_idx(files / f"{prefix}-images-idx3-ubyte", split.images[:size])
-            write_idx(files / f"{prefix}-labels-idx1-ubyte", split.classes[:size])
+            write_idx(files / f"{prefix}-images-idx3-ubyte", split.images[:][:size])
+            write_idx(files / f"{prefix}-labels-idx1-ubyte", split.classes[:][:size])
         shard_data.main(["source=idx", f"path={files}", f"out={folder / name}"])
     damaged = {how: folder / how for how in ("flipped", "missing", "foreign")}
     for how, path in damaged.items():
