@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.buckets import allreduce_bytes
-from common.config import BatchSchedule, Dtype, RunConfig, to_yaml
+from common.config import BatchSchedule, Dtype, LMConfig, RunConfig, to_yaml
 from common.datasets.examples import Batch, Examples
 from common.ledger import Ledger
 from common.read_ahead import read_ahead
@@ -126,6 +126,8 @@ class Run:
             weights_sha256: of the final weights, which all ranks hold.
         """
         num_replicas = self._topology.num_replicas
+        rate = self._examples / sum(self._step_seconds)
+        model = self._cfg.model
         summary = {
             **self._identity,
             "world_size": self._topology.world_size,
@@ -135,7 +137,8 @@ class Run:
             "resumed_from_step": self._plan.start.step,
             "examples": self._examples,
             "wall_seconds": self._wall_seconds(),
-            "examples_per_second": self._examples / sum(self._step_seconds),
+            "examples_per_second": rate,
+            **({"tokens_per_second": rate * model.context} if isinstance(model, LMConfig) else {}),
             "step_seconds_median": statistics.median(self._step_seconds),
             "data_wait_share": sum(self._waiting_seconds) / sum(self._step_seconds),
             "wire_bytes_per_step": allreduce_bytes(num_gradients, self._cfg.precision.dtype, num_replicas),
