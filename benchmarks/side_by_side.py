@@ -113,8 +113,8 @@ def job(name: str, sides: tuple[Side, ...], num_blocks: int, folder: str) -> lis
     trainers = ",".join(side.trainer for side in sides)
     launch = ["horovodrun", "--gloo", "-np", str(sides[0].num_ranks), sys.executable, "-m", "benchmarks.side_by_side"]
     command = [*launch, name, "--on-rank", folder, "--trainers", trainers, "--pairs", str(num_blocks)]
-    environment = os.environ | sides[0].environment
-    output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    output = subprocess.run(command, env=os.environ | sides[0].environment, text=True, **pipes).stdout  # type: ignore[call-overload]
     if "blocks " not in output:
         sys.exit(output)
     blocks: list[list[float]] = json.loads(output.partition("blocks ")[2].splitlines()[0])
@@ -182,7 +182,8 @@ def main() -> None:
         print("\n".join(NAMES))
         return
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    print("| comparison | ours, ms | peer, ms | ours : peer, per example | smallest to largest |\n| --- | --- | --- | --- | --- |")
+    print("| comparison | ours, ms | peer, ms | ours : peer, per example | smallest to largest |")
+    print("| --- | --- | --- | --- | --- |")
     for name in arguments.names or NAMES:
         row = results[name] = measure(name, arguments.pairs)
         ours, other = row["milliseconds"]

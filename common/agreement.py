@@ -46,7 +46,9 @@ def joint_check(gather: Callable[[Any], list[Any]]) -> Iterator[None]:
     except ConfigError as error:
         problems = error.problems
     except OSError as error:
-        problems = [f"{error.filename}: {error.strerror}; choose a path that can be used (run.dir, data.root, data.path)"]
+        problems = [
+            f"{error.filename}: {error.strerror}; choose a path that can be used (run.dir, data.root, data.path)"
+        ]
     everyones = [problem for of_rank in gather(problems) for problem in of_rank]
     if everyones:
         raise ConfigError(list(dict.fromkeys(everyones))) from None

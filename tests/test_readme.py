@@ -18,14 +18,22 @@ def commands(path: Path) -> list[str]:
     return [line for line in lines if "recipes." not in line or re.search(f"_({'|'.join(FRAMEWORKS)})\\b", line)]
 
 
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that commands of the README build on one after another."""
+    return tmp_path_factory.mktemp("outputs")
+
+
 @pytest.mark.parametrize("command", commands(ROOT / "README.md"))
-def test_a_command_of_the_readme_runs(command: str, tmp_path: Path) -> None:
+def test_a_command_of_the_readme_runs(command: str, outputs: Path, tmp_path: Path) -> None:
     words = shlex.split(command, comments=True)
     # Two names of this host for two hosts; the digits for what would have to be fetched; a few steps only.
     words = [re.sub(r"^host1:\d,host2:\d$", "localhost:2,127.0.0.1:2", word) for word in words]
-    words = [word for word in words if not word.startswith(("data=mnist", "data.root=", "run.dir="))]
+    words = [word.replace("=outputs/", f"={outputs}/") for word in words]
+    words = [word for word in words if not word.startswith(("data=mnist", "data.root="))]
     if words[0] == "horovodrun" and "--help" not in words:
-        words += ["train.max_steps=2", f"run.dir={tmp_path / 'run'}"]
+        folder = [] if any(word.startswith("run.dir=") for word in words) else [f"run.dir={tmp_path / 'run'}"]
+        words += ["train.max_steps=2", *folder]
     result = run(words)
     assert result.returncode == 0, result.stdout
 

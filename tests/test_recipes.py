@@ -76,11 +76,20 @@ def test_one_loss_curve_for_every_number_of_ranks(framework: str, task: str, lau
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("task", TASKS)
 def test_micro_batches_leave_the_curve_as_it_is(framework: str, task: str, shared_path: Path) -> None:
+    # With 359 a step the last one of the digits' epoch has one example, and most parts of it have none.
+    size = ["train.global_batch_size=359"] if task == "mnist_cnn" else []
     whole, cut = (
         train_here(
-            framework, task, shared_path / f"{task}{parts}", *SMALL[task], *COMMON, *of_parts, "train.max_steps=9"
+            framework,
+            task,
+            shared_path / f"{task}{parts}",
+            *SMALL[task],
+            *COMMON,
+            *size,
+            "train.max_steps=6",
+            f"parallel.num_micro_batches={parts}",
         )
-        for parts, of_parts in (("1", []), ("4", ["parallel.num_micro_batches=4"]))
+        for parts in (1, 4)
     )
     assert cut == pytest.approx(whole, rel=1e-5)
 
@@ -189,8 +198,8 @@ def test_without_horovodrun_a_recipe_is_one_rank(recipe: str, tmp_path: Path) ->
 @pytest.mark.parametrize("recipe", MLPS)
 def test_idx_files_train_and_the_defaults_reach_their_accuracy(recipe: str, tmp_path: Path) -> None:
     for prefix, split in zip(("train", "t10k"), digits.load(), strict=True):
-        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", split.images)
-        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", split.classes)
+        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", split.images[:])
+        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", split.classes[:])
     events = train(2, recipe, tmp_path / "run", "data=mnist", f"data.root={tmp_path}")
     assert events[-1]["test_accuracy"] >= 0.95
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 from common.batch_size import BatchSizes
 from common.config import BatchSchedule, TrainConfig
@@ -15,9 +16,7 @@ WORLD_SIZES = range(1, 9)
 BEGINNING = Position()
 
 
-def plans(
-    world_size: int, num_examples: int, start: Position = BEGINNING, seed: int = 7, **train: object
-) -> list[Plan]:
+def plans(world_size: int, num_examples: int, start: Position = BEGINNING, seed: int = 7, **train: Any) -> list[Plan]:
     """The plans of all ranks, two epochs of batches of 16 unless told otherwise."""
     values = {
         "global_batch_size": 16,
@@ -26,7 +25,7 @@ def plans(
         "batch_schedule": BatchSchedule.constant,
         **train,
     }
-    cfg = TrainConfig(max_batch_size=0, **values)  # type: ignore[arg-type]
+    cfg = TrainConfig(max_batch_size=0, **values)
     ranks = [Topology(rank, world_size, rank, world_size) for rank in range(world_size)]
     return [Plan(cfg, num_examples, seed, topology, BatchSizes(cfg), start) for topology in ranks]
 
@@ -54,7 +53,7 @@ def test_each_example_once_per_epoch_and_even_parts(world_size: int, num_example
 @pytest.mark.parametrize("growth", [[], [3, 7]])
 def test_the_global_batches_do_not_depend_on_the_world_size(world_size: int, growth: list[int]) -> None:
     schedule = BatchSchedule.steps if growth else BatchSchedule.constant
-    train = {"batch_schedule": schedule, "batch_growth_steps": growth}
+    train: dict[str, Any] = {"batch_schedule": schedule, "batch_growth_steps": growth}
     (alone,) = plans(1, 81, **train)
     together = zip(*(plan.steps() for plan in plans(world_size, 81, **train)), strict=True)
     for step, parts in zip(alone.steps(), together, strict=True):
@@ -64,7 +63,7 @@ def test_the_global_batches_do_not_depend_on_the_world_size(world_size: int, gro
 
 @pytest.mark.parametrize("stop", range(1, 7))
 def test_a_run_goes_on_where_another_stopped(stop: int) -> None:
-    train = {"batch_schedule": BatchSchedule.steps, "batch_growth_steps": [2]}
+    train: dict[str, Any] = {"batch_schedule": BatchSchedule.steps, "batch_growth_steps": [2]}
     (whole,) = plans(1, 81, **train)
     steps = list(whole.steps())
     (rest,) = plans(1, 81, start=steps[stop - 1].end, **train)

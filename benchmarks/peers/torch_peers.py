@@ -52,7 +52,7 @@ def steps(cfg: RunConfig, examples: Examples, topology: Topology) -> Iterator[tu
 
 def timed(batches: Iterator[tuple[Tensor, Tensor]], step: Callable[[Tensor, Tensor], None]) -> list[float]:
     """Seconds of each step, reading its batch included."""
-    seconds = []
+    seconds: list[float] = []
     while True:
         start = time.perf_counter()
         batch = next(batches, None)
@@ -81,9 +81,7 @@ def ddp(name: str, cfg: RunConfig) -> list[float]:
     return _loop(model, DistributedDataParallel(model), cfg, examples, topology)
 
 
-def _loop(
-    model: nn.Module, wrapped: nn.Module, cfg: RunConfig, examples: Examples, topology: Topology
-) -> list[float]:
+def _loop(model: nn.Module, wrapped: nn.Module, cfg: RunConfig, examples: Examples, topology: Topology) -> list[float]:
     optimizer = optimizers.build(cfg.optimizer, model)
 
     def step(inputs: Tensor, targets: Tensor) -> None:

@@ -2,8 +2,8 @@
 
     python -m recipes generate run.dir=FOLDER prompt="def " num_tokens=200 temperature=0.8 top_k=40 seed=0
 
-run.dir is the folder of a run of transformer_lm, or one of its checkpoints. framework=torch|tf chooses what computes; by
-default what trained, if it is installed. temperature=0 takes the most probable token, top_k=0 draws from all.
+run.dir is the folder of a run of transformer_lm, or one of its checkpoints. framework=torch|tf chooses what computes;
+by default what trained, if it is installed. temperature=0 takes the most probable token, top_k=0 draws from all.
 """
 
 import importlib
@@ -63,8 +63,8 @@ def main(words: Sequence[str]) -> None:
 def _check(arguments: Arguments) -> None:
     """Raises a ConfigError for values that cannot be used."""
     problems = []
-    if not arguments.prompt:
-        problems.append("prompt=: must have at least one character")
+    if not arguments.prompt or not _is_text(arguments.prompt):
+        problems.append(f"prompt={arguments.prompt!r}: must be one character or more, in UTF-8")
     for name in ("num_tokens", "temperature", "top_k", "seed"):
         value = getattr(arguments, name)
         if not 0 <= value < float("inf"):
@@ -82,9 +82,12 @@ def _decoder(found: Checkpoint, framework: str | None, vocabulary_size: int) -> 
     recipe = importlib.import_module(f"recipes.transformer_lm_{chosen}")
     transformer = importlib.import_module(f"common.{chosen}.transformer")
     cfg = LMConfig(**found.state["config"]["model"])
-    decoder = transformer.Decoder(recipe.build_layers(cfg, vocabulary_size), cfg)
-    decoder.load(found.weights)
-    return decoder
+    return transformer.restored_decoder(recipe.build_layers(cfg, vocabulary_size), cfg, found.weights)
+
+
+def _is_text(prompt: str) -> bool:
+    """Whether no byte of the command line was other than UTF-8; Python keeps such ones as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in prompt)
 
 
 def _is_installed(framework: str) -> bool:

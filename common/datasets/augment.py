@@ -61,7 +61,8 @@ def uniform(seed: int, epoch: int, numbers: np.ndarray, count: int) -> np.ndarra
 def _mixed(keys: np.ndarray) -> np.ndarray:
     keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return keys ^ (keys >> np.uint64(31))
+    mixed: np.ndarray = keys ^ (keys >> np.uint64(31))
+    return mixed
 
 
 def shift_and_turn(images: np.ndarray, shifts: np.ndarray, angles: np.ndarray) -> np.ndarray:

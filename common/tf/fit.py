@@ -228,9 +228,10 @@ class _WeighedStep:
         results: dict[str, Any] = self._compute_metrics(
             x, _filled(y, num_rows), y_pred, _filled(sample_weight, num_rows)
         )
-        for variable in _variables(self._model):
-            before = self._before.get(id(variable), tf.zeros_like(variable.value))
-            variable.assign(tf.where(_num_rows((y, x, y_pred)) > 0, variable.value, before))
+        before, self._before = self._before, {}
+        for variable in _variables(self._model) if before else []:
+            old = before.get(id(variable), tf.zeros_like(variable.value))  # Keras has only now made it
+            variable.assign(tf.where(_num_rows((y, x, y_pred)) > 0, variable.value, old))
         return results
 
 

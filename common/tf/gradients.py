@@ -44,8 +44,8 @@ def forward_backward(
     for part_inputs, part_targets in zip(tf.split(inputs, sizes), tf.split(targets, sizes), strict=True):
         # The sums so far come first: otherwise all micro-batches run, and hold their activations, at the same time.
         with tf.control_dependencies(sums), tf.GradientTape() as tape:
-            loss = sum_of_losses(model(tf.identity(part_inputs), training=True), part_targets)
-            loss /= tf.cast(global_size, loss.dtype)
+            loss = sum_of_losses(model(_never_empty(part_inputs), training=True), _never_empty(part_targets))
+            loss *= tf.cast(tf.shape(part_inputs)[0] > 0, loss.dtype) / tf.cast(global_size, loss.dtype)
         gradients = tape.gradient(loss, [variable.value for variable in model.trainable_variables])
         sums = [a + b for a, b in zip(sums, gradients, strict=True)] if sums else gradients
         total += tf.cast(loss, tf.float64)
@@ -120,6 +120,12 @@ def clip_global_norm(gradients: Sequence[tf.Tensor], max_norm: float) -> list[tf
     largest = tf.constant(max_norm, norm.dtype)
     scale = largest / tf.maximum(norm, largest)  # exactly 1 where nothing is to be clipped
     return [gradient * scale for gradient in gradients]
+
+
+def _never_empty(examples: tf.Tensor) -> tf.Tensor:
+    """The examples, or one of zeros where there are none: TensorFlow's convolutions fail without any (oneDNN)."""
+    is_empty = tf.cast(tf.shape(examples)[0] == 0, tf.int32)
+    return tf.pad(examples, [[0, is_empty], *[[0, 0]] * (len(examples.shape) - 1)])
 
 
 def _size(tensor: tf.Tensor) -> int:

@@ -8,10 +8,11 @@ https://github.com/openai/gpt-2/blob/master/src/model.py.
 Shapes: B examples, T tokens, W width, N heads, H = W / N, V vocabulary, S tokens that are looked back on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from common.config import LMConfig
 from common.sampling import Window
+from common.torch.checkpoint import load_weights
 
 import numpy as np
 import torch
@@ -168,6 +169,16 @@ class Decoder:
         for block, cache in zip(blocks, self._caches, strict=True):
             x = block(x, cache, position)
         return head(x[:, -1])
+
+
+def restored_decoder(layers: Sequence[nn.Module], cfg: LMConfig, weights: Mapping[str, np.ndarray]) -> Decoder:
+    """A decoder with the weights of a checkpoint, of either framework.
+
+    Raises:
+        ConfigError: they are those of another model.
+    """
+    load_weights(nn.Sequential(*layers), weights)
+    return Decoder(layers, cfg)
 
 
 def dense(fan_in: int, fan_out: int, deviation: float = DEVIATION, bias: bool = True) -> nn.Linear:
