@@ -71,18 +71,19 @@ def shift_and_turn(images: np.ndarray, shifts: np.ndarray, angles: np.ndarray) -
     Each pixel is interpolated linearly from the four around the place that it comes from; beyond the edge all is 0.
     """
     _, height, width = images.shape
+    shifts, angles = shifts.astype(np.float32), angles.astype(np.float32)
     rows = np.arange(height, dtype=np.float32)[None, :, None] - (height - 1) / 2 - shifts[:, 0, None, None]
     columns = np.arange(width, dtype=np.float32)[None, None, :] - (width - 1) / 2 - shifts[:, 1, None, None]
     cosines, sines = (function(angles)[:, None, None] for function in (np.cos, np.sin))
     from_row = cosines * rows - sines * columns + (height - 1) / 2
     from_column = sines * rows + cosines * columns + (width - 1) / 2
     padded = np.pad(images, ((0, 0), (1, 2), (1, 2)))  # a border of 0, where everything outside is clipped to
-    from_row = np.clip(from_row, -1, height).astype(np.float32) + 1
-    from_column = np.clip(from_column, -1, width).astype(np.float32) + 1
-    top, left = from_row.astype(np.int64), from_column.astype(np.int64)
-    down, right = from_row - top, from_column - left
+    from_row = np.clip(from_row, -1, height) + np.float32(1)
+    from_column = np.clip(from_column, -1, width) + np.float32(1)
+    top, left = from_row.astype(np.int32), from_column.astype(np.int32)
+    down, right = from_row - top.astype(np.float32), from_column - left.astype(np.float32)
     flat = padded.reshape(-1)
-    corner = (np.arange(len(images))[:, None, None] * (height + 3) + top) * (width + 3) + left
+    corner = (np.arange(len(images), dtype=np.int32)[:, None, None] * (height + 3) + top) * (width + 3) + left
     upper = flat[corner] * (1 - right) + flat[corner + 1] * right
     lower = flat[corner + width + 3] * (1 - right) + flat[corner + width + 4] * right
     moved: np.ndarray = upper * (1 - down) + lower * down

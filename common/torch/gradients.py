@@ -1,6 +1,7 @@
 """Gradients in flat buckets, summed over the replicas while backward still runs."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from common import buckets, stopping
 from common.step_sums import StepSums
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 
 
 class Gradients:
-    """The gradients of a model, as views into flat buckets that are exchanged as one message each.
+    """The gradients of a model, in flat buckets that are exchanged as one message each.
 
     Every rank adds up gradients of sums, already divided by the number of examples of the whole global batch. The
-    exchange is then a sum, which stays exact when ranks have different numbers of examples.
+    exchange is then a sum, which stays exact when ranks have different numbers of examples. A parameter's .grad moves
+    into its bucket when backward has made it, and stays there; one rank alone needs no buckets.
 
     Args:
-        parameters: the model's, in its order; their .grad is set here and must stay.
+        parameters: the model's, in its order.
         topology: whose replicas take part.
         measure_noise: also takes the squared norms that the gradient noise scale needs.
         bucket_bytes: largest size of a bucket of several gradients.
@@ -33,41 +35,48 @@ class Gradients:
     ) -> None:
         self._num_replicas = topology.num_replicas
         self._measure_noise = measure_noise
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        sizes = [parameter.numel() * parameter.element_size() for parameter in trained]
+        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._messages: list[Tensor] = []
         self._buckets: list[Tensor] = []  # the part of each message that holds gradients
-        self._waiting: list[int] = []  # per bucket: gradients that this backward has yet to finish
-        self._members: list[int] = []
-        self._views: list[tuple[nn.Parameter, Tensor]] = []
+        self._views: list[Tensor] = []  # where each parameter's gradient has its place
+        self._members: list[int] = []  # number of gradients in each bucket
+        self._waiting: list[int] = []  # of them, those that this backward has yet to finish
         self._handles: dict[int, int] = {}
         self._last_backward = False
+        self._scalars = self._parameters[0].new_zeros(len(StepSums._fields), requires_grad=False)
+        if self._num_replicas > 1:
+            self._make_buckets(bucket_bytes)
+
+    def _make_buckets(self, bucket_bytes: int) -> None:
+        places: dict[int, Tensor] = {}
+        sizes = [parameter.numel() * parameter.element_size() for parameter in self._parameters]
         assigned = buckets.assign(sizes, bucket_bytes)
         for number, indices in enumerate(assigned):
-            members = [trained[index] for index in indices]
+            members = [self._parameters[index] for index in indices]
             lengths = [member.numel() for member in members]
             # The scalars travel in the bucket that backward finishes last.
-            num_scalars = len(StepSums._fields) if number == len(assigned) - 1 else 0
-            message = torch.zeros(sum(lengths) + num_scalars, dtype=members[0].dtype, device=members[0].device)
-            flat, self._scalars = message.split([sum(lengths), num_scalars])
-            for member, part in zip(members, flat.split(lengths), strict=True):
-                view = part.view_as(member)
-                member.grad = view
-                self._views.append((member, view))
-                member.register_post_accumulate_grad_hook(lambda _, number=number: self._finished_one(number))
+            num_scalars = len(self._scalars) if number == len(assigned) - 1 else 0
+            message = members[0].new_zeros(sum(lengths) + num_scalars, requires_grad=False)
+            flat, scalars = message.split([sum(lengths), num_scalars])
+            places |= dict(zip(indices, flat.split(lengths), strict=True))
             self._messages.append(message)
             self._buckets.append(flat)
             self._members.append(len(members))
+            for index, member in zip(indices, members, strict=True):
+                member.register_post_accumulate_grad_hook(partial(self._finished_one, index, number))
+        self._scalars = scalars
+        self._views = [places[index].view_as(parameter) for index, parameter in enumerate(self._parameters)]
 
     @property
     def num_values(self) -> int:
         """Number of values in all gradients."""
-        return sum(flat.numel() for flat in self._buckets)
+        return sum(parameter.numel() for parameter in self._parameters)
 
     def zero(self) -> None:
         """Starts a step."""
-        for message in self._messages:
-            message.zero_()
+        self._scalars.zero_()
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def exchange_in_next_backward(self, loss: Tensor | float = 0.0, stop: bool = False, share: float = 0.0) -> None:
         """Sends each bucket off as soon as the next backward has finished its gradients.
@@ -87,22 +96,15 @@ class Gradients:
 
         Returns:
             The sums of what was given to exchange_in_next_backward, and the squared norms if they are measured.
-
-        Raises:
-            RuntimeError: a parameter's .grad was replaced, as optimizer.zero_grad() does.
         """
         self._last_backward = False
-        if any(parameter.grad is not view for parameter, view in self._views):
-            raise RuntimeError("a .grad has left its bucket; call gradients.zero() in place of optimizer.zero_grad()")
         if self._num_replicas > 1:
-            for number in range(len(self._buckets)):
-                if number not in self._handles:  # it holds a parameter that this backward did not reach
-                    self._send(number)
+            self._send_the_rest()
             for handle in self._handles.values():
                 hvd.synchronize(handle)
             self._handles.clear()
         if self._measure_noise:
-            self._scalars[3] = sum(flat.square().sum() for flat in self._buckets)
+            self._scalars[3] = sum(values.square().sum() for values in self._values())
         return StepSums(*self._scalars.clone())
 
     def clip_global_norm(self, max_norm: float) -> None:
@@ -112,14 +114,32 @@ class Gradients:
         https://arxiv.org/abs/1211.5063 (algorithm 1)
         """
         if max_norm:
-            norm = torch.stack([torch.linalg.vector_norm(flat) for flat in self._buckets]).norm()
-            for flat in self._buckets:
-                flat.mul_(max_norm / norm.clamp(min=max_norm))
+            norm = nn.utils.get_total_norm(self._values())
+            if norm > max_norm:
+                for values in self._values():
+                    values.mul_(max_norm / norm)
 
-    def _finished_one(self, number: int) -> None:
+    def _values(self) -> list[Tensor]:
+        """All gradients, in as few tensors as there are."""
+        return self._buckets or [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+
+    def _finished_one(self, index: int, number: int, parameter: nn.Parameter) -> None:
+        """Backward has added to a parameter's gradient, which is to lie in its bucket."""
+        if parameter.grad is not self._views[index]:
+            self._views[index].copy_(parameter.grad)
+            parameter.grad = self._views[index]
         if self._last_backward:
             self._waiting[number] -= 1
-            if not self._waiting[number] and self._num_replicas > 1:
+            if not self._waiting[number]:
+                self._send(number)
+
+    def _send_the_rest(self) -> None:
+        """Sends the buckets that hold a parameter which this backward did not reach."""
+        for parameter, view in zip(self._parameters, self._views, strict=True):
+            if parameter.grad is None:
+                parameter.grad = view.zero_()
+        for number in range(len(self._buckets)):
+            if number not in self._handles:
                 self._send(number)
 
     def _send(self, number: int) -> None:

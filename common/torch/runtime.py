@@ -47,7 +47,10 @@ def dtype(cfg: PrecisionConfig) -> torch.dtype:
 
 def seed(number: int, topology: Topology, step: int = 0) -> None:
     """Seeds this rank's random numbers from a step on; 0: rank 0's decide the initial weights, later ones dropout."""
-    torch.manual_seed(int(np.random.SeedSequence((number, topology.rank, step)).generate_state(1)[0]))
+    state = int(np.random.SeedSequence((number, topology.rank, step)).generate_state(1)[0])
+    torch.default_generator.manual_seed(state)
+    if torch.cuda.is_available():  # torch.manual_seed would look for one each time, for a millisecond
+        torch.cuda.manual_seed(state)
 
 
 def to_tensor(array: np.ndarray, cfg: PrecisionConfig, where: torch.device) -> Tensor:
