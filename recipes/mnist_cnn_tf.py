@@ -24,6 +24,7 @@ from common.step_sums import StepSums
 from common.tf import gradients, optimizers, runtime
 from common.tf.checkpoint import State
 from common.tf.classification import evaluate, sum_of_losses
+from common.tf.layers import gelu
 from common.topology import Topology
 from common.validation import validate
 
@@ -47,7 +48,7 @@ def build_layers(cfg: CNNConfig) -> list[keras.Layer]:
         for layer in (
             keras.layers.Conv2D(channels, 3, padding="same"),
             keras.layers.GroupNormalization(GROUPS, epsilon=1e-5),
-            keras.layers.Activation("gelu"),
+            keras.layers.Activation(gelu),
             keras.layers.AveragePooling2D(2),
         )
     ]
@@ -56,7 +57,7 @@ def build_layers(cfg: CNNConfig) -> list[keras.Layer]:
         *convolutions,
         keras.layers.Flatten(),
         keras.layers.Dense(cfg.hidden_size),
-        keras.layers.Activation("gelu"),
+        keras.layers.Activation(gelu),
         keras.layers.Dropout(cfg.dropout),
         keras.layers.Dense(10),
     ]

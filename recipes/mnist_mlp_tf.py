@@ -24,6 +24,7 @@ from common.step_sums import StepSums
 from common.tf import gradients, optimizers, runtime
 from common.tf.checkpoint import State
 from common.tf.classification import evaluate, sum_of_losses
+from common.tf.layers import gelu
 from common.topology import Topology
 from common.validation import validate
 
@@ -44,7 +45,7 @@ def build_layers(cfg: MLPConfig) -> list[keras.Layer]:
         for width in cfg.hidden_sizes
         for layer in (
             keras.layers.Dense(width),
-            keras.layers.Activation("gelu"),
+            keras.layers.Activation(gelu),
             keras.layers.Dropout(cfg.dropout),
         )
     ]

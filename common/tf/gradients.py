@@ -46,7 +46,12 @@ def forward_backward(
         with tf.control_dependencies(sums), tf.GradientTape() as tape:
             loss = sum_of_losses(model(_never_empty(part_inputs), training=True), _never_empty(part_targets))
             loss *= tf.cast(tf.shape(part_inputs)[0] > 0, loss.dtype) / tf.cast(global_size, loss.dtype)
-        gradients = tape.gradient(loss, [variable.value for variable in model.trainable_variables])
+        values = [variable.value for variable in model.trainable_variables]
+        # That of a slice has no static shape, that of a gather is sparse.
+        gradients = [
+            tf.ensure_shape(tf.convert_to_tensor(gradient), value.shape)
+            for gradient, value in zip(tape.gradient(loss, values), values, strict=True)
+        ]
         sums = [a + b for a, b in zip(sums, gradients, strict=True)] if sums else gradients
         total += tf.cast(loss, tf.float64)
     return total, sums

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from common.config import LMConfig
 from common.sampling import Window
 from common.tf.checkpoint import load_weights
+from common.tf.layers import gelu
 
 import keras
 import numpy as np
@@ -203,11 +204,6 @@ def normal(deviation: float) -> keras.Initializer:
 def residual_deviation(num_layers: int) -> float:
     """Initial weights of layers that are added up along the depth are the smaller, the more of them there are."""
     return DEVIATION / (2 * num_layers) ** 0.5
-
-
-def gelu(x: tf.Tensor) -> tf.Tensor:
-    """The standard normal distribution function of x, times x; tf.nn.gelu rounds a factor to float32 in float64 too."""
-    return 0.5 * x * (1 + tf.math.erf(x * 0.5**0.5))
 
 
 def dense_gradient(weights: keras.Variable) -> tf.Tensor:

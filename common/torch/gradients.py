@@ -8,7 +8,6 @@ from common.step_sums import StepSums
 from common.topology import Topology
 
 import horovod.torch as hvd
-import torch
 from torch import Tensor, nn
 
 
