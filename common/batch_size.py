@@ -12,7 +12,7 @@ from typing import Any, Self
 from common.config import BatchSchedule, OptimizerConfig, SGDConfig, TrainConfig
 
 # A change takes effect so many steps later, as the steps in between have been read ahead (common/read_ahead.py).
-DELAY = 4
+DELAY = 20
 SMOOTHING = 0.95  # of the two averages that the noise scale is the quotient of
 MIN_STEPS = 50  # between two changes, so that the averages are of the batch size that is judged
 

@@ -1,24 +1,45 @@
 """Reads the examples of the next steps while the current one is computed."""
 
-from collections import deque
+import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
+from queue import SimpleQueue
 
 from common.datasets.examples import Batch, Examples
 from common.sharding import Step
 
-DEPTH = 2  # steps; fewer than common/batch_size.py's DELAY
+GROUP = 8  # steps that are handed to the reader at once: waking it takes longer than reading a small step
+DEPTH = 2 * GROUP  # steps that are read ahead at most; fewer than common/batch_size.py's DELAY
 
 
 def read_ahead(steps: Iterable[Step], examples: Examples) -> Iterator[tuple[Step, Batch]]:
-    """Each step with its inputs and targets; a thread takes those of the DEPTH steps that follow."""
-    waiting: deque[tuple[Step, Future[Batch]]] = deque()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read_ahead") as reader:
-        for step in steps:
-            waiting.append((step, reader.submit(examples.take, step.examples, step.epoch)))
-            if len(waiting) > DEPTH:
-                first, batch = waiting.popleft()
-                yield first, batch.result()
-        while waiting:
-            first, batch = waiting.popleft()
-            yield first, batch.result()
+    """Each step with its inputs and targets; a thread takes those of the steps that follow."""
+    wanted: SimpleQueue[list[Step]] = SimpleQueue()
+    taken: SimpleQueue[tuple[Step, Batch] | BaseException] = SimpleQueue()
+
+    def read() -> None:
+        while group := wanted.get():
+            for step in group:
+                try:
+                    taken.put((step, examples.take(step.examples, step.epoch)))
+                except BaseException as error:
+                    taken.put(error)
+
+    reader = threading.Thread(target=read, name="read_ahead")
+    reader.start()
+    try:
+        to_come = iter(steps)
+        groups = iter(lambda: list(islice(to_come, GROUP)), [])
+        current: list[Step] = []
+        for following in chain(groups, [[]]):
+            if following:
+                wanted.put(following)
+            for _ in current:
+                batch = taken.get()
+                if isinstance(batch, BaseException):
+                    raise batch
+                yield batch
+            current = following
+    finally:
+        wanted.put([])
+        reader.join()
