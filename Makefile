@@ -24,8 +24,9 @@ lint: setup ## ruff and mypy
 	$(IN_VENV) ruff format --check .
 	$(IN_VENV) mypy
 
-bench: setup ## Horovod's fixed cycle against the event-driven loop (about 15 minutes)
-	$(IN_VENV) python benchmarks/event_driven.py
+bench: setup ## step times side by side with other programs, and what is spent on anything else (about 12 minutes)
+	$(IN_VENV) python -m benchmarks.side_by_side
+	$(IN_VENV) python -m benchmarks.overheads
 
 clean: ## remove .venv and what tools left behind (not the wheel cache, not outputs/)
 	rm -rf .venv .*_cache *.egg-info

@@ -12,6 +12,7 @@ import time
 STARTED = time.time()  # before anything is imported
 
 import importlib  # noqa: E402
+import itertools  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import statistics  # noqa: E402
@@ -66,8 +67,8 @@ def on_rank(recipe: str, folder: str, steps: int) -> None:
         record(*arguments)
         first.append(time.time())
 
-    Run.record = note_first  # type: ignore[method-assign]
-    Checkpoints.save_if_due = clocked(Checkpoints.save_if_due, saving)  # type: ignore[method-assign]
+    setattr(Run, "record", note_first)  # noqa: B010
+    setattr(Checkpoints, "save_if_due", clocked(Checkpoints.save_if_due, saving))  # noqa: B010
     cfg = compose(task, [f"run.dir={folder}/run", f"train.max_steps={steps}", "train.checkpoint_every=100"])
     summary = module.train(cfg)
     if topology.rank == 0:
@@ -97,13 +98,11 @@ def main() -> None:
         on_rank(recipe, folder, int(steps))
         return
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    print(
-        "| recipe | waiting for data | logging | checkpoints | launcher, s | imports | joining | to the first step | all |"
-    )
+    print("| recipe | waiting for data | logging | checkpoints | launcher, s | imports | joining | first step | all |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for recipe in sys.argv[1:] or RECIPES:
         ends = [launch(recipe, 2)["ends"] for _ in range(LAUNCHES)]
-        parts = [[b - a for a, b in zip(of_launch, of_launch[1:], strict=False)] for of_launch in ends]
+        parts = [[b - a for a, b in itertools.pairwise(of_launch)] for of_launch in ends]
         seconds = [statistics.median(part) for part in zip(*parts, strict=True)]
         shares = launch(recipe, STEPS)["shares"]
         results[recipe] = {"shares": shares, "seconds": seconds}

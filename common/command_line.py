@@ -60,6 +60,7 @@ def run(train: Callable[[Any], Any], task: str, runtime: Runtime, arguments: Seq
     except Exception as error:
         if not runtime.is_lost_rank(error):
             raise
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ends who is left
         print(f"rank {topology.rank} stops: another rank has left the job", file=sys.stderr, flush=True)
         # The job's status is that of the first rank to leave: this one gives way to the one that failed.
         time.sleep(SECONDS_TO_GIVE_WAY)

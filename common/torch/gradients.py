@@ -124,9 +124,9 @@ class Gradients:
 
     def _finished_one(self, index: int, number: int, parameter: nn.Parameter) -> None:
         """Backward has added to a parameter's gradient, which is to lie in its bucket."""
-        if parameter.grad is not self._views[index]:
-            self._views[index].copy_(parameter.grad)
-            parameter.grad = self._views[index]
+        view = self._views[index]
+        if parameter.grad is not None and parameter.grad is not view:
+            parameter.grad = view.copy_(parameter.grad)
         if self._last_backward:
             self._waiting[number] -= 1
             if not self._waiting[number]:
