@@ -53,6 +53,7 @@ class Case:
 CASES = {
     "lm_tiny": Case("transformer_lm", 40, 6),
     "lm_384": Case("transformer_lm", 10, 6, ("model.width=384", "model.num_heads=6")),
+    "lm_384_batch_24": Case("transformer_lm", 6, 24, ("model.width=384", "model.num_heads=6")),
     "mnist_cnn": Case("mnist_cnn", 60, 32),
     "mnist_mlp": Case("mnist_mlp", 150, 32),
 }
@@ -79,13 +80,13 @@ PEERS = {
         "one_rank": (Side("ours", 2), Side("ours", 1, ONE_CORE)),
     },
 }
-ONLY_FOR = {"stock": ("lm_tiny", "mnist_mlp"), "one_rank": ("lm_384",)}
+MAIN = ("lm_tiny", "lm_384", "mnist_cnn", "mnist_mlp")
+CASES_OF = {"stock": ("lm_tiny", "mnist_mlp"), "one_rank": ("lm_384", "lm_384_batch_24")}
 NAMES = [
     f"{case}.{framework}.{peer}"
     for framework, peers in PEERS.items()
     for peer in peers
-    for case in CASES
-    if case in ONLY_FOR.get(peer, CASES)
+    for case in CASES_OF.get(peer, MAIN)
 ]
 
 
