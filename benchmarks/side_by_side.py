@@ -1,6 +1,6 @@
 """Recipes against peers that do the same work: step times, side by side.
 
-    python -m benchmarks.side_by_side                          # all comparisons, about 12 minutes on 2 cores
+    python -m benchmarks.side_by_side                          # all comparisons, about 15 minutes on 2 cores
     python -m benchmarks.side_by_side lm_tiny.torch.ddp        # one
     python -m benchmarks.side_by_side --list
 
