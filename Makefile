@@ -24,7 +24,7 @@ lint: setup ## ruff and mypy
 	$(IN_VENV) ruff format --check .
 	$(IN_VENV) mypy
 
-bench: setup ## step times side by side with other programs, and what is spent on anything else (about 20 minutes)
+bench: setup ## step times side by side with other programs, and what is spent on anything else (about 11 minutes)
 	$(IN_VENV) python -m benchmarks.side_by_side
 	$(IN_VENV) python -m benchmarks.overheads
 

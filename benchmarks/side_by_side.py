@@ -1,7 +1,8 @@
 """Recipes against peers that do the same work: step times, side by side.
 
-    python -m benchmarks.side_by_side                          # all comparisons, about 15 minutes on 2 cores
+    python -m benchmarks.side_by_side                          # all but the last kind, about 10 minutes on 2 cores
     python -m benchmarks.side_by_side lm_tiny.torch.ddp        # one
+    python -m benchmarks.side_by_side lm_384_batch_24.torch.one_rank   # 2 ranks against 1, each on one core
     python -m benchmarks.side_by_side --list
 
 The sides of a comparison take turns, a block of steps each: in one job where ranks and environment are alike, else job
@@ -185,7 +186,7 @@ def main() -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     print("| comparison | ours, ms | peer, ms | ours : peer, per example | smallest to largest |")
     print("| --- | --- | --- | --- | --- |")
-    for name in arguments.names or NAMES:
+    for name in arguments.names or [name for name in NAMES if not name.endswith(".one_rank")]:
         row = results[name] = measure(name, arguments.pairs)
         ours, other = row["milliseconds"]
         spread = f"{row['smallest']:.2f} to {row['largest']:.2f}"
