@@ -1,6 +1,6 @@
 """Each rank's part of global batches, for scripts outside the recipes: the order and the parts are the recipes' own."""
 
-from common.sharding import part
+from common.sharding import part, shuffled
 from common.topology import Topology
 
 import numpy as np
@@ -31,6 +31,6 @@ def of_epoch(
             f"there must be examples and at least 1 of them in a batch. "
             f"Received: num_examples={num_examples}, global_batch_size={global_batch_size}"
         )
-    order = np.random.default_rng((seed, epoch)).permutation(num_examples) if shuffle else np.arange(num_examples)
+    order = shuffled(num_examples, seed, epoch) if shuffle else np.arange(num_examples)
     batches = [order[start : start + global_batch_size] for start in range(0, num_examples, global_batch_size)]
     return [(batch[part(len(batch), topology)], len(batch)) for batch in batches]

@@ -8,7 +8,6 @@ layouts (common/tf/checkpoint.py translates): a checkpoint of one framework is r
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from common import ledger
+from common import disk, ledger
 from common.agreement import Runtime
 from common.config import ConfigError, RunConfig, leaves, to_dict
 from common.sharding import Plan, Step
@@ -82,10 +81,11 @@ def write(folder: Path, weights: Arrays, moments: Arrays, state: dict[str, Any])
     for name, content in contents.items():
         with (unfinished / name).open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            disk.sync(file)
+    disk.sync_folder(unfinished)
     shutil.rmtree(folder, ignore_errors=True)  # of the same step, when a run redoes it
     unfinished.rename(folder)
+    disk.sync_folder(folder.parent)
 
 
 def read(folder: Path) -> Checkpoint:

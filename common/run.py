@@ -55,7 +55,6 @@ class Run:
         self._start = time.perf_counter()
         self._step_seconds: list[float] = []
         self._waiting_seconds: list[float] = []
-        self._steps = plan.start.step
         self._examples = 0
         self._last: dict[str, float] = {}
         self._ledger = Ledger(self.folder, plan) if cfg.data.ledger else None
@@ -83,7 +82,6 @@ class Run:
             yield step, batch
             self._waiting_seconds.append(waited - start)
             self._step_seconds.append(time.perf_counter() - start)
-            self._steps += 1
             self._examples += step.global_size
 
     def record(self, step: Step, lr: float, sums: StepSums) -> None:
@@ -133,7 +131,7 @@ class Run:
             "world_size": self._topology.world_size,
             "num_stages": 1,
             "num_replicas": num_replicas,
-            "steps": self._steps,
+            "steps": self._plan.start.step + len(self._step_seconds),
             "resumed_from_step": self._plan.start.step,
             "examples": self._examples,
             "wall_seconds": self._wall_seconds(),

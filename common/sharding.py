@@ -123,14 +123,19 @@ class Plan:
 
     def _order(self, epoch: int) -> np.ndarray:
         """(num_examples,) the numbers of the epoch's examples."""
-        random = np.random.default_rng((self.seed, epoch))
         if self.classes is None:
-            return random.permutation(self.num_examples)
+            return shuffled(self.num_examples, self.seed, epoch)
+        random = np.random.default_rng((self.seed, epoch))
         by_class = np.argsort(self.classes, kind="stable")
         _, sizes = np.unique(self.classes, return_counts=True)
         drawn = random.integers(len(sizes), size=self.num_examples)
         chosen: np.ndarray = by_class[np.cumsum(sizes)[drawn] - 1 - random.integers(sizes[drawn])]
         return chosen
+
+
+def shuffled(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    """(num_examples,) int64, the order in which an epoch takes all examples once."""
+    return np.random.default_rng((seed, epoch)).permutation(num_examples)
 
 
 def part(num_examples: int, topology: Topology) -> slice:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from common import disk
 from common.config import ConfigError, ImageShardsConfig, TextShardsConfig, Verify
 from common.datasets import tokenizer as tokenizers
 from common.datasets.fingerprint import little_endian
@@ -477,13 +478,13 @@ class ShardWriter:
         content["sha256"] = _content_sha256(content)
         with (self._folder / INDEX).open("wb") as file:
             file.write((json.dumps(content, indent=1) + "\n").encode())
-            _sync(file)
-        _sync_folder(self._folder)
+            disk.sync(file)
+        disk.sync_folder(self._folder)
         try:
             self._folder.rename(self._out)
         except OSError as error:
             raise _taken(str(self._out)) from error
-        _sync_folder(self._out.parent)
+        disk.sync_folder(self._out.parent)
         return Index(self._out, kind, content["tokenizer"], parts)
 
     def _closed_fields(self, part: str, names: Sequence[str]) -> dict[str, Field]:
@@ -506,25 +507,10 @@ def _taken(out: str) -> ConfigError:
 def _close_shard(one: _OpenField) -> None:
     if one.file is None:
         return
-    _sync(one.file)
+    disk.sync(one.file)
     one.file.close()
     one.shards.append(Shard(Path(one.file.name).name, one.shard_count, one.shard_sha256.hexdigest()))
     one.file = None
-
-
-def _sync(file: BinaryIO) -> None:
-    """Waits until a file's contents are on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Waits until a folder's entries are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _runs(process: int) -> bool:
