@@ -91,6 +91,13 @@ NAMES = [
 ]
 
 
+def write_text(folder: Path) -> None:
+    """Puts the text there that blocks of transformer_lm read."""
+    from pydoc_data.topics import topics
+
+    (folder / "text.txt").write_text("".join(topics[key] for key in sorted(topics))[:TEXT_CHARACTERS])
+
+
 def block(case: Case, framework: str, trainer: str, num_ranks: int, folder: Path) -> float:
     """Runs on each rank: trains for a block of steps and returns the median seconds of one."""
     text = [f"data.path={folder / 'text.txt'}"] if case.task == "transformer_lm" else []
@@ -147,9 +154,7 @@ def measure(name: str, num_pairs: int) -> dict[str, Any]:
     _, framework, peer = name.split(".")
     sides = PEERS[framework][peer]
     with tempfile.TemporaryDirectory() as folder:
-        from pydoc_data.topics import topics
-
-        (Path(folder) / "text.txt").write_text("".join(topics[key] for key in sorted(topics))[:TEXT_CHARACTERS])
+        write_text(Path(folder))
         if len({(side.num_ranks, *side.environment) for side in sides}) == 1:
             blocks = job(name, sides, num_pairs, folder)
         else:

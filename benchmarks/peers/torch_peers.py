@@ -1,6 +1,7 @@
 """The torch recipes' work without the recipes: a plain loop, DistributedDataParallel, stock Horovod.
 
 Model, data, order, batch, optimizer, clipping, threads and precision are the recipe's; what differs is who averages.
+DistributedDataParallel meets at MASTER_ADDR, this machine unless the environment says otherwise.
 """
 
 import os
@@ -21,6 +22,7 @@ import horovod.torch as hvd
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -72,13 +74,35 @@ def plain(name: str, cfg: RunConfig) -> list[float]:
 
 def ddp(name: str, cfg: RunConfig) -> list[float]:
     """PyTorch's DistributedDataParallel over Gloo."""
+    topology, model, examples = _joined(name, cfg)
+    return _loop(model, DistributedDataParallel(model), cfg, examples, topology)
+
+
+def ddp_fp16(name: str, cfg: RunConfig) -> list[float]:
+    """DistributedDataParallel that sends its gradients in 16 bits."""
+    topology, model, examples = _joined(name, cfg)
+    wrapped = DistributedDataParallel(model)
+    wrapped.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    return _loop(model, wrapped, cfg, examples, topology)
+
+
+def ddp_powersgd(name: str, cfg: RunConfig) -> list[float]:
+    """DistributedDataParallel that sends factors of rank 4 of its gradients, from the third step on."""
+    topology, model, examples = _joined(name, cfg)
+    # One bucket: of several, Gloo's threads post the second messages in an order that differs from rank to rank.
+    wrapped = DistributedDataParallel(model, bucket_cap_mb=1000)
+    state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=2)
+    wrapped.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    return _loop(model, wrapped, cfg, examples, topology)
+
+
+def _joined(name: str, cfg: RunConfig) -> tuple[Topology, nn.Module, Examples]:
     topology = runtime.init()
     if not dist.is_initialized():
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT}
-        dist.init_process_group("gloo", rank=topology.rank, world_size=topology.world_size)
+        meeting_place = f"tcp://{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{PORT}"
+        dist.init_process_group("gloo", meeting_place, rank=topology.rank, world_size=topology.world_size)
     torch.manual_seed(cfg.seed)
-    model, examples = task(name, cfg)
-    return _loop(model, DistributedDataParallel(model), cfg, examples, topology)
+    return topology, *task(name, cfg)
 
 
 def _loop(model: nn.Module, wrapped: nn.Module, cfg: RunConfig, examples: Examples, topology: Topology) -> list[float]:
