@@ -1,6 +1,6 @@
 """How ranks agree on whether to go on: what is wrong on one, all raise."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from common.topology import Topology
 class Runtime(Protocol):
     """What a binding's runtime module offers."""
 
-    def init(self) -> Topology:
+    def init(self, process_sets: Iterable[Sequence[int]] = ()) -> Topology:
         """Starts Horovod."""
 
     def joint_check(self) -> AbstractContextManager[None]:

@@ -1,12 +1,71 @@
-"""How gradients are packed into flat buckets, each exchanged as one message."""
+"""How gradients are packed into flat buckets, each exchanged as one vector."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from common.config import Dtype
+from common.compression import is_matrix_for_powersgd
+from common.config import CompressionConfig, LossyConfig, PowerSGDConfig, ReduceOp, Scope
 
 # Large enough that a message's latency (below 1 ms, docs/horovod-build.md) is a small part of its time, small enough
 # that a model of more than one bucket has something to exchange while backward still runs.
 BUCKET_BYTES = 25 * 2**20
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Gradients that are exchanged as one vector.
+
+    Attributes:
+        method: none, adasum or the name of a compressor.
+        members: the parameters' indices, last parameter first.
+        num_values: of all of them.
+    """
+
+    method: str
+    members: tuple[int, ...]
+    num_values: int
+
+
+def of_model(
+    shapes: Sequence[tuple[int, ...]], value_bytes: int, compression: CompressionConfig, op: ReduceOp, max_bytes: int
+) -> list[Bucket]:
+    """The buckets of a model's gradients; the last one is uncompressed, has place for more, and may have none.
+
+    Args:
+        shapes: of the parameters, in the model's order.
+        value_bytes: size of a value.
+        compression: what is done to gradients that are large enough for it.
+        op: adasum takes all gradients.
+        max_bytes: largest size of a bucket of several gradients.
+    """
+    numels = [math.prod(shape) for shape in shapes]
+    if op is ReduceOp.adasum:
+        method, chosen = op.name, list(range(len(shapes)))
+    else:
+        method, chosen = compression.name, [i for i, shape in enumerate(shapes) if _is_compressed(shape, compression)]
+    is_by_layer = isinstance(compression, LossyConfig) and compression.scope is Scope.layer
+    is_by_layer = is_by_layer and not isinstance(compression, PowerSGDConfig)  # whose matrices share messages
+    plain = sorted(set(range(len(shapes))) - set(chosen))
+    compressed = _packed(chosen, numels, value_bytes, 0 if is_by_layer else max_bytes)
+    return [
+        *(Bucket(method, members, sum(numels[i] for i in members)) for members in compressed),
+        *(
+            Bucket("none", members, sum(numels[i] for i in members))
+            for members in _packed(plain, numels, value_bytes, max_bytes) or [()]
+        ),
+    ]
+
+
+def _is_compressed(shape: tuple[int, ...], cfg: CompressionConfig) -> bool:
+    if not isinstance(cfg, LossyConfig) or math.prod(shape) < cfg.min_numel:
+        return False
+    return not isinstance(cfg, PowerSGDConfig) or is_matrix_for_powersgd(shape, cfg.rank)
+
+
+def _packed(indices: Sequence[int], numels: Sequence[int], value_bytes: int, max_bytes: int) -> list[tuple[int, ...]]:
+    assigned = assign([numels[index] * value_bytes for index in indices], max_bytes)
+    return [tuple(indices[place] for place in places) for places in assigned]
 
 
 def assign(num_bytes: Sequence[int], bucket_bytes: int = BUCKET_BYTES) -> list[list[int]]:
@@ -30,11 +89,11 @@ def assign(num_bytes: Sequence[int], bucket_bytes: int = BUCKET_BYTES) -> list[l
     return buckets
 
 
-def allreduce_bytes(num_values: int, dtype: Dtype, num_replicas: int) -> int:
-    """Bytes that a rank sends in a ring allreduce of so many values.
+def allreduce_bytes(num_bytes: int, num_ranks: int) -> int:
+    """Bytes that a rank sends in a ring allreduce of so many.
 
     Each of the N ranks sends 2 (N - 1) of the message's N parts: N - 1 to reduce, N - 1 to gather. Source: Patarasuk
     and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009,
     https://doi.org/10.1016/j.jpdc.2008.09.002
     """
-    return round(2 * (num_replicas - 1) / num_replicas * num_values * dtype.num_bytes)
+    return round(2 * (num_ranks - 1) / num_ranks * num_bytes)

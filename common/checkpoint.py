@@ -27,7 +27,8 @@ import numpy as np
 
 Arrays = Mapping[str, np.ndarray]
 
-WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+WEIGHTS, OPTIMIZER, GRADIENTS = "weights.safetensors", "optimizer.safetensors", "gradients.safetensors"
+STATE = "state.json"
 # Keys that may change between a checkpoint and the run that resumes it: the loss curve does not depend on them. What
 # keys of data change in the examples themselves, the fingerprint tells.
 FREE = ("resume.", "run.", "parallel.", "data.", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints")
@@ -43,11 +44,14 @@ class State(Protocol):
     def moments(self) -> dict[str, np.ndarray]:
         """The optimizer's state by name, as copies."""
 
-    def load(self, weights: Arrays, moments: Arrays) -> None:
-        """Takes both over."""
+    def gradients(self) -> dict[str, np.ndarray]:
+        """What compressors and the loss scale keep, by name; what each rank has of its own is summed, by all ranks."""
+
+    def load(self, weights: Arrays, moments: Arrays, gradients: Arrays) -> None:
+        """Takes all over."""
 
     def broadcast(self) -> None:
-        """Gives all ranks rank 0's weights and optimizer state."""
+        """Gives all ranks what rank 0 has; of what is summed, each rank its share."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,20 +62,23 @@ class Checkpoint:
         folder: where it lies.
         weights: by name.
         moments: the optimizer's state, by name.
+        gradients: what compressors and the loss scale keep, by name.
         state: the rest: task, position, batch_sizes, config, fingerprint, versions, and what the task adds.
     """
 
     folder: Path
     weights: Arrays
     moments: Arrays
+    gradients: Arrays
     state: dict[str, Any]
 
 
-def write(folder: Path, weights: Arrays, moments: Arrays, state: dict[str, Any]) -> None:
+def write(folder: Path, weights: Arrays, moments: Arrays, gradients: Arrays, state: dict[str, Any]) -> None:
     """Writes a checkpoint; the folder has its name when everything is on the disk."""
     from safetensors.numpy import save
 
-    contents = {WEIGHTS: save(dict(weights)), OPTIMIZER: save(dict(moments))}
+    arrays = {WEIGHTS: weights, OPTIMIZER: moments, GRADIENTS: gradients}
+    contents = {name: save(dict(of_file)) for name, of_file in arrays.items()}
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     contents[STATE] = json.dumps(state | {"sha256": hashes}, indent=2).encode()
     for leftover in folder.parent.glob(".*.unfinished"):
@@ -98,11 +105,11 @@ def read(folder: Path) -> Checkpoint:
 
     try:
         state = json.loads((folder / STATE).read_bytes())
-        contents = {name: (folder / name).read_bytes() for name in (WEIGHTS, OPTIMIZER)}
+        contents = {name: (folder / name).read_bytes() for name in (WEIGHTS, OPTIMIZER, GRADIENTS)}
         for name, content in contents.items():
             if hashlib.sha256(content).hexdigest() != state["sha256"][name]:
                 raise ValueError(f"{name} was cut off or altered: its SHA-256 is not that of {STATE}")
-        return Checkpoint(folder, load(contents[WEIGHTS]), load(contents[OPTIMIZER]), state)
+        return Checkpoint(folder, *(load(content) for content in contents.values()), state)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError([f"{folder}: is no sound checkpoint: {reason}"]) from error
@@ -199,10 +206,11 @@ class Checkpoints:
         is_last = step.progress >= 1 or is_stop
         if not is_last and not (every and step.number % every == 0):
             return
+        gradients = self._state.gradients()
         with self._runtime.joint_check():
             if self._writes_here:
                 self._wait()
-                self._writing = self._writer.submit(self._write, *self._snapshot(step, plan))
+                self._writing = self._writer.submit(self._write, *self._snapshot(step, plan, gradients))
                 if is_last:
                     self._wait()
         if is_stop:
@@ -211,17 +219,19 @@ class Checkpoints:
                 f"run.dir={self._cfg.run.dir} goes on from there"
             )
 
-    def _snapshot(self, step: Step, plan: Plan) -> tuple[int, Arrays, Arrays, dict[str, Any]]:
+    def _snapshot(self, step: Step, plan: Plan, gradients: Arrays) -> tuple[int, Arrays, Arrays, Arrays, dict[str, Any]]:
         state = self._identity | {
             "position": dataclasses.asdict(step.end),
             "batch_sizes": plan.batch_sizes.to_json(),
             "world_size": plan.topology.world_size,
         }
-        return step.number, self._state.weights(), self._state.moments(), state
+        return step.number, self._state.weights(), self._state.moments(), gradients, state
 
-    def _write(self, step: int, weights: Arrays, moments: Arrays, state: dict[str, Any]) -> None:
+    def _write(
+        self, step: int, weights: Arrays, moments: Arrays, gradients: Arrays, state: dict[str, Any]
+    ) -> None:
         folder = _folder(self._cfg) / f"step-{step:08}"
-        write(folder, weights, moments, state)
+        write(folder, weights, moments, gradients, state)
         for old in sorted(folder.parent.glob("step-*"))[: -self._cfg.train.keep_checkpoints]:
             shutil.rmtree(old)
 
@@ -238,7 +248,7 @@ class Checkpoints:
             if problems:
                 raise ConfigError(problems)
             same_optimizer = checkpoint.state["config"]["optimizer"]["name"] == self._cfg.optimizer.name
-            self._state.load(checkpoint.weights, checkpoint.moments if same_optimizer else {})
+            self._state.load(checkpoint.weights, checkpoint.moments if same_optimizer else {}, checkpoint.gradients)
             start = checkpoint.state["position"]["step"]
             if checkpoint.state["fingerprint"] != self._identity["fingerprint"]:
                 checkpoint.state["position"]["offset"] = 0

@@ -13,6 +13,7 @@ from common import stopping
 from common.agreement import Runtime
 from common.composition import compose, group_options
 from common.config import ConfigError, RunConfig, to_yaml
+from common.host import are_hosts_alike, launched_topology
 from common.run import TrainingError
 from common.stopping import Stopped
 
@@ -37,10 +38,16 @@ def run(train: Callable[[Any], Any], task: str, runtime: Runtime, arguments: Seq
     """
     words = sys.argv[1:] if arguments is None else arguments
     overrides = [word for word in words if word not in ("-h", "--help")]
-    topology = runtime.init()
+    cfg, refusal = None, None
+    try:
+        cfg = compose(task, overrides)
+    except ConfigError as error:  # told when Horovod has started, together with the other ranks
+        refusal = error
+    topology = runtime.init(launched_topology().process_sets(cfg) if cfg and are_hosts_alike() else ())
     try:
         with runtime.joint_check():
-            cfg = compose(task, overrides)
+            if refusal:
+                raise refusal
         if len(overrides) < len(words):
             if topology.rank == 0:
                 print(_help(sys.modules[train.__module__], task, cfg))

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 CONF = Path(__file__).parent.parent / "conf"
 _SHORT = re.compile(r"^(resume)=")
-LABELS = (".name", ".dtype")  # keys that come with an option and would lie if they were set alone
+LABELS = (".name", ".dtype", ".compute_dtype")  # keys that come with an option and would lie if they were set alone
 
 _SCHEMAS: dict[str, dict[str, type]] = {
     "": {
@@ -44,7 +44,21 @@ _SCHEMAS: dict[str, dict[str, type]] = {
     },
     "optimizer": {"sgd_schema": config.SGDConfig, "adamw_schema": config.AdamWConfig},
     "lr_schedule": {"constant_schema": config.LRScheduleConfig, "cosine_schema": config.CosineConfig},
-    "precision": {"precision_schema": config.PrecisionConfig},
+    "precision": {
+        "loss_scale_schema": config.LossScalePrecisionConfig,
+        "precision_schema": config.PrecisionConfig,
+    },
+    "compression": {
+        "auto_schema": config.AutoCompressionConfig,
+        "compression_schema": config.CompressionConfig,
+        "dgc_schema": config.DGCConfig,
+        "lossy_schema": config.LossyConfig,
+        "own_schema": config.OwnCompressionConfig,
+        "powersgd_schema": config.PowerSGDConfig,
+        "qsgd_schema": config.QSGDConfig,
+        "sparse_schema": config.SparseConfig,
+        "terngrad_schema": config.TernGradConfig,
+    },
     "parallel": {"parallel_schema": config.ParallelConfig},
 }
 
@@ -82,6 +96,13 @@ def compose(task: str, overrides: Sequence[str]) -> RunConfig:
     if not isinstance(cfg, RunConfig):
         raise TypeError(f"conf/{task}.yaml does not start from a schema")
     return cfg
+
+
+def option(group: str, name: str) -> Any:
+    """The configuration of one option of a group of conf/, with its defaults."""
+    values = OmegaConf.load(CONF / group / f"{name}.yaml")
+    schema = _SCHEMAS[group][values.pop("defaults")[0]]
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
 
 
 def _register_schemas() -> None:

@@ -254,15 +254,12 @@ class CosineConfig(LRScheduleConfig):
 
 
 class Dtype(Enum):
-    """A floating-point type; its name is that of numpy, torch and TensorFlow alike."""
+    """A floating-point type; its name is that of torch and TensorFlow alike."""
 
-    float32 = 4
-    float64 = 8
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of one value."""
-        return int(self.value)
+    float16 = 0
+    bfloat16 = 1
+    float32 = 2
+    float64 = 3
 
 
 @dataclass
@@ -271,7 +268,127 @@ class PrecisionConfig:
 
     name: str = MISSING
     dtype: Dtype = MISSING
-    """Of weights, activations and gradients."""
+    """Of the weights, their gradients and the optimizer's state."""
+    compute_dtype: Dtype = MISSING
+    """Of products of matrices and of convolutions, forward and backward."""
+
+
+@dataclass
+class LossScalePrecisionConfig(PrecisionConfig):
+    """Half precision, whose small gradients are kept from vanishing by a factor on the loss."""
+
+    initial_loss_scale: float = MISSING
+    growth_steps: int = MISSING
+    """The loss scale doubles after so many steps without an overflow; an overflow halves it."""
+
+
+class Scope(Enum):
+    """What is compressed as one vector."""
+
+    bucket = 0
+    layer = 1
+    """Each weight and each bias alone."""
+
+
+class ReduceOp(Enum):
+    """How the ranks' gradients become one."""
+
+    average = 0
+    adasum = 1
+
+
+@dataclass
+class CompressionConfig:
+    """What is done to gradients before they travel; `none` has this schema."""
+
+    name: str = MISSING
+
+
+@dataclass
+class LossyConfig(CompressionConfig):
+    """A compressor; methods are described in docs/compression.md."""
+
+    error_feedback: bool = MISSING
+    """Whether what was lost in a step is added to the gradients of the next."""
+    scope: Scope = MISSING
+    min_numel: int = MISSING
+    """Weights of fewer values travel uncompressed."""
+    start_step: int = MISSING
+    """The first step (from 1) whose gradients are compressed."""
+    two_level: bool = MISSING
+    """Whether ranks of one host are summed uncompressed, and only hosts exchange compressed sums."""
+    health: bool = MISSING
+    """Whether the residual's norm and the cosine to the true gradient are logged; costs an uncompressed exchange."""
+
+
+@dataclass
+class OwnCompressionConfig(LossyConfig):
+    """A compressor of one's own, and what it needs."""
+
+    options: dict[str, float] = MISSING
+
+
+@dataclass
+class QSGDConfig(LossyConfig):
+    """QSGD."""
+
+    bits: int = MISSING
+    """Of a value on the wire, 2 to 8."""
+
+
+@dataclass
+class TernGradConfig(LossyConfig):
+    """TernGrad."""
+
+    clip: float = MISSING
+    """Standard deviations beyond which values are cut off; 0: none, and unbiased."""
+
+
+class WireValues(Enum):
+    """The dtype of values on the wire."""
+
+    fp32 = 4
+    fp16 = 2
+
+
+@dataclass
+class SparseConfig(LossyConfig):
+    """Some of the values."""
+
+    ratio: float = MISSING
+    """Share of the values that is sent."""
+    values: WireValues = MISSING
+
+
+@dataclass
+class DGCConfig(SparseConfig):
+    """Deep gradient compression."""
+
+    momentum: float = MISSING
+    """Of each rank's own velocity, in place of the optimizer's momentum; 0: none."""
+    warmup_steps: int = MISSING
+    """Steps in which the share of values falls from a quarter to the ratio."""
+    clip_norm: float = MISSING
+    """Largest norm of the summed gradient, kept by clipping each rank's to 1 / sqrt(ranks) of it; 0: no clipping."""
+
+
+@dataclass
+class PowerSGDConfig(LossyConfig):
+    """PowerSGD."""
+
+    rank: int = MISSING
+    """Columns of the two factors that stand for a matrix."""
+    values: WireValues = MISSING
+
+
+@dataclass
+class AutoCompressionConfig(CompressionConfig):
+    """Measures the network and the methods on the model's gradients, and chooses one."""
+
+    candidates: list[str] = MISSING
+    """Methods to choose from, in the order of preference; each with the defaults of its option."""
+    min_gain: float = MISSING
+    """Share of the step's time that a method must save to be taken instead of one before it."""
 
 
 @dataclass
@@ -314,6 +431,8 @@ class RunConfig:
     optimizer: OptimizerConfig = MISSING
     lr_schedule: LRScheduleConfig = MISSING
     precision: PrecisionConfig = MISSING
+    compression: CompressionConfig = MISSING
+    op: ReduceOp = MISSING
     parallel: ParallelConfig = MISSING
 
 

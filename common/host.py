@@ -1,6 +1,8 @@
-"""What a rank takes from its host: cores, and how often Horovod wakes up."""
+"""What a rank takes from its host: cores, how often Horovod wakes up, and who it is before Horovod has started."""
 
 import os
+
+from common.topology import Topology
 
 # Milliseconds. With the event-driven edits this is the longest that Horovod's loop sleeps when nothing is posted, and
 # long is good. Measured in docs/horovod-build.md.
@@ -16,3 +18,20 @@ def set_cycle_time() -> None:
 def num_cores() -> int:
     """Number of cores that this process may run on."""
     return len(os.sched_getaffinity(0))
+
+
+def launched_topology() -> Topology:
+    """This rank's place as the launcher has put it into the environment; without one: a single rank."""
+    names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+    for prefix in ("HOROVOD_", "OMPI_COMM_WORLD_"):
+        values = [os.environ.get(prefix + name) for name in names]
+        if all(values):
+            return Topology(*map(int, values))  # type: ignore[arg-type]
+    return Topology(0, 1, 0, 1)
+
+
+def are_hosts_alike() -> bool:
+    """Whether all hosts have as many ranks as this one, as far as the launcher has told."""
+    topology = launched_topology()
+    num_hosts = os.environ.get("HOROVOD_CROSS_SIZE", topology.world_size // topology.local_size)
+    return int(num_hosts) * topology.local_size == topology.world_size

@@ -10,12 +10,12 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.buckets import allreduce_bytes
-from common.config import BatchSchedule, Dtype, LMConfig, RunConfig, to_yaml
+from common.buckets import Bucket, allreduce_bytes
+from common.config import BatchSchedule, LMConfig, LossScalePrecisionConfig, LossyConfig, RunConfig, to_yaml
 from common.datasets.examples import Batch, Examples
 from common.ledger import Ledger
 from common.read_ahead import read_ahead
@@ -56,6 +56,8 @@ class Run:
         self._step_seconds: list[float] = []
         self._waiting_seconds: list[float] = []
         self._examples = 0
+        self._wire_bytes: list[float] = []  # of each bucket, over all steps
+        self._skipped_steps = 0
         self._last: dict[str, float] = {}
         self._ledger = Ledger(self.folder, plan) if cfg.data.ledger else None
         if self._topology.rank == 0:
@@ -96,8 +98,27 @@ class Run:
             local, whole = float(sums.local_squares), float(sums.whole_squares)
             self._plan.batch_sizes.observe(step.number, local, whole, local_size, step.global_size)
             values["noise_scale"] = self._plan.batch_sizes.noise_scale
+        values |= self._exchange_values(sums)
         if step.number == 1 or step.number % self._cfg.train.log_every == 0:
-            self.log(step, lr=lr, train_loss=float(sums.loss), **values)
+            loss = float(sums.loss)
+            # In a step that is skipped the loss may well be infinite.
+            losses = {} if float(sums.overflow) and not math.isfinite(loss) else {"train_loss": loss}
+            self.log(step, lr=lr, **losses, **values)
+
+    def _exchange_values(self, sums: StepSums) -> dict[str, float]:
+        """What is logged of how the gradients travelled; counts their bytes."""
+        sent = [float(num_bytes) for num_bytes in sums.wire_bytes]
+        self._wire_bytes = [a + b for a, b in zip(self._wire_bytes or [0.0] * len(sent), sent, strict=True)]
+        values = {"wire_bytes": sum(sent)}
+        if len(sent) > 1:
+            values |= {f"wire_bytes.{number}": num_bytes for number, num_bytes in enumerate(sent)}
+        if isinstance(self._cfg.precision, LossScalePrecisionConfig):
+            self._skipped_steps += float(sums.overflow) > 0
+            values |= {"loss_scale": float(sums.loss_scale), "skipped_steps": self._skipped_steps}
+        if isinstance(self._cfg.compression, LossyConfig) and self._cfg.compression.health:
+            values["gradient_cosine"] = float(sums.gradient_cosine)
+            values["residual_norm"] = float(sums.residual_norm)
+        return values
 
     def log(self, step: Step, **values: float) -> None:
         """Records values at a step; to be called by every rank with the same values.
@@ -116,11 +137,11 @@ class Run:
             self._tensorboard.write(step.number, values)
             self._progress.show(step, self._last)
 
-    def finish(self, num_gradients: int, weights_sha256: str) -> dict[str, Any]:
+    def finish(self, buckets: Sequence[Bucket], weights_sha256: str) -> dict[str, Any]:
         """Writes summary.json, which makes the run a finished one, and returns what it says.
 
         Args:
-            num_gradients: number of values that are exchanged in a step.
+            buckets: in which the gradients are exchanged.
             weights_sha256: of the final weights, which all ranks hold.
         """
         num_replicas = self._topology.num_replicas
@@ -139,8 +160,12 @@ class Run:
             **({"tokens_per_second": rate * model.context} if isinstance(model, LMConfig) else {}),
             "step_seconds_median": statistics.median(self._step_seconds),
             "data_wait_share": sum(self._waiting_seconds) / sum(self._step_seconds),
-            "wire_bytes_per_step": allreduce_bytes(num_gradients, self._cfg.precision.dtype, num_replicas),
-            "dense_bytes_per_step": allreduce_bytes(num_gradients, Dtype.float32, num_replicas),
+            "wire_bytes_per_step": sum(self._wire_bytes) / len(self._step_seconds),
+            "dense_bytes_per_step": allreduce_bytes(4 * sum(bucket.num_values for bucket in buckets), num_replicas),
+            "buckets": [
+                {"method": bucket.method, "num_values": bucket.num_values, "wire_bytes_per_step": num_bytes}
+                for bucket, num_bytes in zip(buckets, self._bytes_of_buckets(len(buckets)), strict=True)
+            ],
             "weights_sha256": weights_sha256,
             **self._last,
             "completed": True,
@@ -152,6 +177,10 @@ class Run:
             results = "  ".join(f"{name} {value:.4g}" for name, value in self._last.items() if name.startswith("test_"))
             self._progress.say(f"done in {summary['wall_seconds']:.1f} s: {results}  {self.folder}")
         return summary
+
+    def _bytes_of_buckets(self, num_buckets: int) -> list[float]:
+        """Mean over the steps of what this rank has sent; one rank alone sends nothing."""
+        return [total / len(self._step_seconds) for total in self._wire_bytes or [0.0] * num_buckets]
 
     def _continue_record(self) -> ScalarWriter:
         """Keeps the events up to where the run starts, in metrics.jsonl and for TensorBoard."""
@@ -198,7 +227,7 @@ class _Progress:
                 f"step {step.number}",
                 f"epoch {step.epoch}",
                 f"{100 * step.progress:.0f} %",
-                *(f"{name} {value:.4g}" for name, value in values.items()),
+                *(f"{name} {value:.4g}" for name, value in values.items() if not name.startswith("wire_bytes")),
                 f"{done / (now - self._shown_at):,.0f} examples/s",
                 f"ETA {left // 60}:{left % 60:02}",
             ]

@@ -1,6 +1,9 @@
 """Who a rank is: an immutable value of integers, valid for any framework and testable without processes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from common.config import LossyConfig, RunConfig
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,24 @@ class Topology:
     def num_replicas(self) -> int:
         """Number of model copies, each of which sees its own part of every global batch."""
         return self.world_size
+
+    @property
+    def ranks_of_host(self) -> range:
+        """The ranks on this host, which follow each other."""
+        first = self.rank - self.local_rank
+        return range(first, first + self.local_size)
+
+    @property
+    def first_ranks_of_hosts(self) -> range:
+        """The first rank of each host; all hosts have as many ranks as this one."""
+        return range(0, self.world_size, self.local_size)
+
+    def process_sets(self, cfg: RunConfig) -> list[Sequence[int]]:
+        """The sets of ranks, other than all, that exchange something among themselves; the same on every rank."""
+        if not (isinstance(cfg.compression, LossyConfig) and cfg.compression.two_level):
+            return []
+        starts = self.first_ranks_of_hosts
+        return [*(range(start, start + self.local_size) for start in starts), starts]
 
     def num_threads(self, num_cores: int) -> int:
         """This rank's share of the host's cores, at least 1."""

@@ -9,20 +9,31 @@ from pathlib import Path
 from typing import Any
 
 from common.config import (
+    AutoCompressionConfig,
     BatchSchedule,
     CNNConfig,
     ConfigError,
     DataConfig,
+    DGCConfig,
+    Dtype,
     ImagesConfig,
     LMConfig,
+    LossyConfig,
     MLPConfig,
     MnistConfig,
     ModelConfig,
+    PowerSGDConfig,
+    QSGDConfig,
+    ReduceOp,
     RunConfig,
+    Scope,
+    SGDConfig,
+    SparseConfig,
     TrainConfig,
     leaves,
     to_dict,
 )
+from common.host import are_hosts_alike
 from common.topology import Topology
 
 _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], float, str]] = {
@@ -55,8 +66,22 @@ _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], float, str]] = {
     "model.width": (operator.ge, 1, "at least 1"),
     "model.context": (operator.ge, 1, "at least 1"),
     "parallel.num_micro_batches": (operator.ge, 1, "at least 1"),
+    "precision.initial_loss_scale": (operator.ge, 1, "at least 1; 65536 is usual"),
+    "precision.growth_steps": (operator.ge, 1, "at least 1; 2000 is usual"),
+    "compression.min_numel": (operator.ge, 0, "at least 0; 0 compresses all weights"),
+    "compression.start_step": (operator.ge, 1, "at least 1"),
+    "compression.clip": (operator.ge, 0, "at least 0; 0 means no clipping"),
+    "compression.ratio": (operator.gt, 0, "greater than 0; 0.01 is usual"),
+    "compression.momentum": (operator.ge, 0, "at least 0; 0 means none"),
+    "compression.warmup_steps": (operator.ge, 0, "at least 0; 0 means none"),
+    "compression.clip_norm": (operator.ge, 0, "at least 0; 0 means no clipping"),
+    "compression.rank": (operator.ge, 1, "at least 1; 1, 2 and 4 are usual"),
+    "compression.min_gain": (operator.ge, 0, "at least 0"),
 }
-_BELOW_ONE = ("optimizer.momentum", "optimizer.beta1", "optimizer.beta2", "model.dropout")
+_BELOW_ONE = (
+    *("optimizer.momentum", "optimizer.beta1", "optimizer.beta2", "model.dropout"),
+    *("compression.momentum", "compression.min_gain"),
+)
 
 
 def validate(cfg: RunConfig, topology: Topology) -> None:
@@ -70,6 +95,7 @@ def validate(cfg: RunConfig, topology: Topology) -> None:
         *_batch_problems(cfg, topology),
         *_batch_schedule_problems(cfg.train, topology),
         *_model_problems(cfg.model),
+        *_compression_problems(cfg, topology),
         *_data_problems(cfg.data),
         *_resume_problems(cfg, topology),
         *(_run_folder_problems(cfg) if topology.rank == 0 else ()),
@@ -98,6 +124,63 @@ def _model_problems(cfg: ModelConfig) -> Iterator[str]:
         yield f"model.channels={cfg.channels}: must be one to four multiples of 8, such as [32,64]"
     if isinstance(cfg, LMConfig) and min(cfg.width, cfg.num_heads) > 0 and cfg.width % cfg.num_heads:
         yield f"model.num_heads={cfg.num_heads}: must divide model.width={cfg.width}"
+
+
+def _compression_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
+    compression, name = cfg.compression, cfg.compression.name
+    if cfg.op is ReduceOp.adasum and name != "none":
+        yield f"compression={name}: adasum needs the gradients as they are; use compression=none or op=average"
+    if cfg.op is ReduceOp.adasum and cfg.train.measures_noise:
+        yield "op=adasum: the gradient noise scale is that of a mean; use train.batch_schedule=constant|steps"
+    if name != "none" and cfg.precision.dtype is not Dtype.float32:
+        yield f"precision={cfg.precision.name}: compressors work in fp32; use precision=fp32|bf16, or compression=none"
+    if name == "fp16" and cfg.precision.compute_dtype is Dtype.float16:
+        yield (
+            "compression=fp16: with precision=fp16 gradients have been unscaled when they travel, and would vanish in 16 "
+            "bits below 6e-8, which the loss scale was there to prevent; use compression=bf16 or precision=bf16"
+        )
+    if isinstance(compression, QSGDConfig) and not 2 <= compression.bits <= 8:
+        yield f"compression.bits={compression.bits}: must be 2 to 8; 1 bit is compression=sign"
+    if isinstance(compression, SparseConfig) and compression.ratio > 1:
+        yield f"compression.ratio={compression.ratio}: must be at most 1, a share of the values"
+    if isinstance(compression, DGCConfig):
+        yield from _dgc_problems(compression, cfg)
+    if isinstance(compression, PowerSGDConfig) and compression.scope is not Scope.layer:
+        yield "compression.scope=bucket: powersgd works on the matrix of each layer; use compression.scope=layer"
+    if isinstance(compression, LossyConfig) and compression.two_level:
+        yield from _two_level_problems(topology)
+    if isinstance(compression, AutoCompressionConfig):
+        known = [option for option in METHODS if option not in ("auto", "dgc")]
+        if not compression.candidates or not set(compression.candidates) <= set(known):
+            yield f"compression.candidates={compression.candidates}: must be some of {','.join(known)}"
+
+
+def _dgc_problems(compression: DGCConfig, cfg: RunConfig) -> Iterator[str]:
+    optimizer = cfg.optimizer
+    if not compression.error_feedback:
+        yield "compression.error_feedback=false: dgc is its residual; use compression=topk to see what it does without"
+    if isinstance(optimizer, SGDConfig) and compression.momentum and optimizer.momentum:
+        yield (
+            f"optimizer.momentum={optimizer.momentum}: dgc has a velocity of its own in its place; use "
+            "optimizer.momentum=0, or compression.momentum=0"
+        )
+    if not isinstance(optimizer, SGDConfig) and compression.momentum:
+        yield (
+            f"compression.momentum={compression.momentum}: corrects the momentum of SGD; with optimizer="
+            f"{optimizer.name} use compression.momentum=0"
+        )
+    if compression.momentum and cfg.train.clip_norm:
+        yield (
+            f"train.clip_norm={cfg.train.clip_norm}: would clip velocities that have been summed up; use "
+            "train.clip_norm=0 and compression.clip_norm, which clips each rank's gradient before"
+        )
+
+
+def _two_level_problems(topology: Topology) -> Iterator[str]:
+    if topology.local_size == topology.world_size:
+        yield "compression.two_level=true: all ranks are on one host; start them on several (horovodrun -H) or leave it out"
+    elif not are_hosts_alike():
+        yield "compression.two_level=true: all hosts must have as many ranks; change horovodrun -H, or leave it out"
 
 
 def _batch_schedule_problems(cfg: TrainConfig, topology: Topology) -> Iterator[str]:

@@ -20,9 +20,9 @@ from common.learning_rate import learning_rate
 from common.run import Run, new_folder
 from common.sharding import Plan
 from common.step_sums import StepSums
-from common.tf import gradients, optimizers, runtime
+from common.tf import optimizers, precision, runtime
 from common.tf.checkpoint import State
-from common.topology import Topology
+from common.tf.gradients import Gradients, clip_global_norm, forward_backward
 from common.validation import validate
 
 import keras
@@ -45,7 +45,7 @@ def sum_of_losses(predictions: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
 def make_train_step(
     model: keras.Model,
     optimizer: keras.Optimizer,
-    topology: Topology,
+    gradients: Gradients,
     cfg: LinearRegressionConfig,
 ) -> Callable[..., StepSums]:
     """Returns the compiled step: (inputs, targets, global_size, stop) -> sums."""
@@ -60,13 +60,11 @@ def make_train_step(
     )
     def train_step(inputs: tf.Tensor, targets: tf.Tensor, global_size: tf.Tensor, stop: tf.Tensor) -> StepSums:
         """One optimizer step; returns the global batch's mean loss and what else travelled with the gradients."""
-        loss, grads = gradients.forward_backward(
-            model, sum_of_losses, inputs, targets, cfg.parallel.num_micro_batches, global_size
-        )
-        share = tf.shape(inputs)[0] / global_size
-        sums, grads = gradients.exchange(grads, topology, loss, stop, share, cfg.train.measures_noise)
-        grads = gradients.clip_global_norm(grads, cfg.train.clip_norm)
-        optimizer.apply(grads, model.trainable_variables)
+        parts, scale = cfg.parallel.num_micro_batches, gradients.loss_scale
+        loss, grads = forward_backward(model, sum_of_losses, inputs, targets, parts, global_size, scale)
+        sums, grads = gradients.exchange(grads, loss, stop, tf.shape(inputs)[0] / global_size)
+        grads = clip_global_norm(grads, cfg.train.clip_norm)
+        optimizers.apply(optimizer, grads, model, sums)
         return sums
 
     return train_step
@@ -88,12 +86,13 @@ def train(cfg: LinearRegressionConfig) -> dict[str, Any]:
     cfg.run.dir = runtime.from_rank_zero(new_folder(cfg, RECIPE))
 
     runtime.seed(cfg.seed, topology)
-    runtime.set_dtype(cfg.precision)
-    model = keras.Sequential([keras.Input((cfg.data.num_features,)), *build_layers()])
+    precision.set_policy(cfg.precision)
+    model = precision.build_model(keras.Input((cfg.data.num_features,)), build_layers(), cfg.precision)
     optimizer = optimizers.build(cfg.optimizer, model)
-    checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer), runtime, topology)
+    gradients = Gradients.of(cfg, model, topology)
+    checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer, gradients), runtime, topology)
     plan = Plan.of(cfg, len(train_set), topology, checkpoints.restore())
-    train_step = make_train_step(model, optimizer, topology, cfg)
+    train_step = make_train_step(model, optimizer, gradients, cfg)
 
     run = Run(cfg, RECIPE, plan)
     for step, batch in run.steps(train_set):
@@ -105,7 +104,7 @@ def train(cfg: LinearRegressionConfig) -> dict[str, Any]:
         if step.ends_epoch:
             run.log(step, **evaluate(model, solution))
         checkpoints.save_if_due(step, sums, plan)
-    return run.finish(gradients.num_values(model.trainable_variables), runtime.check_in_sync(model))
+    return run.finish(gradients.buckets, runtime.check_in_sync(model))
 
 
 def main() -> None:

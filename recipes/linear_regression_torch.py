@@ -19,7 +19,7 @@ from common.learning_rate import learning_rate
 from common.run import Run, new_folder
 from common.sharding import Plan
 from common.step_sums import StepSums
-from common.torch import optimizers, runtime
+from common.torch import optimizers, precision, runtime
 from common.torch.checkpoint import State
 from common.torch.gradients import Gradients, forward_backward
 from common.validation import validate
@@ -57,7 +57,7 @@ def train_step(
     num_micro_batches = cfg.parallel.num_micro_batches
     sums = forward_backward(model, sum_of_losses, inputs, targets, num_micro_batches, global_size, gradients)
     gradients.clip_global_norm(cfg.train.clip_norm)
-    optimizer.step()
+    optimizers.step(optimizer, sums)
     return sums
 
 
@@ -79,11 +79,11 @@ def train(cfg: LinearRegressionConfig) -> dict[str, Any]:
 
     runtime.seed(cfg.seed, topology)
     device = runtime.device(topology)
-    model = nn.Sequential(*build_layers(cfg.data.num_features)).to(device, runtime.dtype(cfg.precision))
+    model = precision.Model(build_layers(cfg.data.num_features), cfg.precision, device)
     optimizer = optimizers.build(cfg.optimizer, model)
-    checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer), runtime, topology)
+    gradients = Gradients.of(cfg, model, topology)
+    checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer, gradients), runtime, topology)
     plan = Plan.of(cfg, len(train_set), topology, checkpoints.restore())
-    gradients = Gradients(model.parameters(), topology, cfg.train.measures_noise)
 
     run = Run(cfg, RECIPE, plan)
     for step, batch in run.steps(train_set):
@@ -95,7 +95,7 @@ def train(cfg: LinearRegressionConfig) -> dict[str, Any]:
         if step.ends_epoch:
             run.log(step, **evaluate(model, solution))
         checkpoints.save_if_due(step, sums, plan)
-    return run.finish(gradients.num_values, runtime.check_in_sync(model))
+    return run.finish(gradients.buckets, runtime.check_in_sync(model))
 
 
 def main() -> None:

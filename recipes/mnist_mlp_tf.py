@@ -21,11 +21,11 @@ from common.learning_rate import learning_rate
 from common.run import Run, new_folder
 from common.sharding import Plan
 from common.step_sums import StepSums
-from common.tf import gradients, optimizers, runtime
+from common.tf import optimizers, precision, runtime
 from common.tf.checkpoint import State
 from common.tf.classification import evaluate, sum_of_losses
+from common.tf.gradients import Gradients, clip_global_norm, forward_backward
 from common.tf.layers import gelu
-from common.topology import Topology
 from common.validation import validate
 
 import keras
@@ -56,7 +56,7 @@ def make_train_step(
     model: keras.Model,
     loss_function: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
     optimizer: keras.Optimizer,
-    topology: Topology,
+    gradients: Gradients,
     cfg: MnistMLPConfig,
 ) -> Callable[..., StepSums]:
     """Returns the compiled step: (inputs, targets, global_size, stop) -> sums."""
@@ -71,13 +71,11 @@ def make_train_step(
     )
     def train_step(inputs: tf.Tensor, targets: tf.Tensor, global_size: tf.Tensor, stop: tf.Tensor) -> StepSums:
         """One optimizer step; returns the global batch's mean loss and what else travelled with the gradients."""
-        loss, grads = gradients.forward_backward(
-            model, loss_function, inputs, targets, cfg.parallel.num_micro_batches, global_size
-        )
-        share = tf.shape(inputs)[0] / global_size
-        sums, grads = gradients.exchange(grads, topology, loss, stop, share, cfg.train.measures_noise)
-        grads = gradients.clip_global_norm(grads, cfg.train.clip_norm)
-        optimizer.apply(grads, model.trainable_variables)
+        parts, scale = cfg.parallel.num_micro_batches, gradients.loss_scale
+        loss, grads = forward_backward(model, loss_function, inputs, targets, parts, global_size, scale)
+        sums, grads = gradients.exchange(grads, loss, stop, tf.shape(inputs)[0] / global_size)
+        grads = clip_global_norm(grads, cfg.train.clip_norm)
+        optimizers.apply(optimizer, grads, model, sums)
         return sums
 
     return train_step
@@ -95,13 +93,14 @@ def train(cfg: MnistMLPConfig) -> dict[str, Any]:
     cfg.run.dir = runtime.from_rank_zero(new_folder(cfg, RECIPE))
 
     runtime.seed(cfg.seed, topology)
-    runtime.set_dtype(cfg.precision)
-    model = keras.Sequential([keras.Input((28, 28)), *build_layers(cfg.model)])
+    precision.set_policy(cfg.precision)
+    model = precision.build_model(keras.Input((28, 28)), build_layers(cfg.model), cfg.precision)
     optimizer = optimizers.build(cfg.optimizer, model)
-    checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer), runtime, topology)
+    gradients = Gradients.of(cfg, model, topology)
+    checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer, gradients), runtime, topology)
     plan = Plan.of(cfg, len(train_set), topology, checkpoints.restore(), drawn_classes(cfg.data, images))
     weights = runtime.to_tensor(class_weights(cfg.data, images), cfg.precision)
-    train_step = make_train_step(model, partial(sum_of_losses, class_weights=weights), optimizer, topology, cfg)
+    train_step = make_train_step(model, partial(sum_of_losses, class_weights=weights), optimizer, gradients, cfg)
 
     run = Run(cfg, RECIPE, plan)
     for step, batch in run.steps(train_set):
@@ -114,7 +113,7 @@ def train(cfg: MnistMLPConfig) -> dict[str, Any]:
         if step.ends_epoch:
             run.log(step, **evaluate(model, test_set, topology, cfg))
         checkpoints.save_if_due(step, sums, plan)
-    return run.finish(gradients.num_values(model.trainable_variables), runtime.check_in_sync(model))
+    return run.finish(gradients.buckets, runtime.check_in_sync(model))
 
 
 def main() -> None:

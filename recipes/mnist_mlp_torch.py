@@ -22,7 +22,7 @@ from common.learning_rate import learning_rate
 from common.run import Run, new_folder
 from common.sharding import Plan
 from common.step_sums import StepSums
-from common.torch import layers, optimizers, runtime
+from common.torch import layers, optimizers, precision, runtime
 from common.torch.checkpoint import State
 from common.torch.classification import evaluate, sum_of_losses
 from common.torch.gradients import Gradients, forward_backward
@@ -63,7 +63,7 @@ def train_step(
     num_micro_batches = cfg.parallel.num_micro_batches
     sums = forward_backward(model, loss_function, inputs, targets, num_micro_batches, global_size, gradients)
     gradients.clip_global_norm(cfg.train.clip_norm)
-    optimizer.step()
+    optimizers.step(optimizer, sums)
     return sums
 
 
@@ -80,11 +80,11 @@ def train(cfg: MnistMLPConfig) -> dict[str, Any]:
 
     runtime.seed(cfg.seed, topology)
     device = runtime.device(topology)
-    model = nn.Sequential(*build_layers(cfg.model)).to(device, runtime.dtype(cfg.precision))
+    model = precision.Model(build_layers(cfg.model), cfg.precision, device)
     optimizer = optimizers.build(cfg.optimizer, model)
-    checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer), runtime, topology)
+    gradients = Gradients.of(cfg, model, topology)
+    checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer, gradients), runtime, topology)
     plan = Plan.of(cfg, len(train_set), topology, checkpoints.restore(), drawn_classes(cfg.data, images))
-    gradients = Gradients(model.parameters(), topology, cfg.train.measures_noise)
     weights = runtime.to_tensor(class_weights(cfg.data, images), cfg.precision, device)
     loss_function = partial(sum_of_losses, class_weights=weights)
 
@@ -99,7 +99,7 @@ def train(cfg: MnistMLPConfig) -> dict[str, Any]:
         if step.ends_epoch:
             run.log(step, **evaluate(model, test_set, topology, cfg))
         checkpoints.save_if_due(step, sums, plan)
-    return run.finish(gradients.num_values, runtime.check_in_sync(model))
+    return run.finish(gradients.buckets, runtime.check_in_sync(model))
 
 
 def main() -> None:

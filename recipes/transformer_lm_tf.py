@@ -20,8 +20,9 @@ from common.learning_rate import learning_rate
 from common.run import Run, new_folder
 from common.sharding import Plan
 from common.step_sums import StepSums
-from common.tf import gradients, optimizers, runtime, transformer
+from common.tf import optimizers, precision, runtime, transformer
 from common.tf.checkpoint import State
+from common.tf.gradients import Gradients, clip_global_norm, forward_backward
 from common.topology import Topology
 from common.validation import validate
 
@@ -48,7 +49,7 @@ def sum_of_losses(logits: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
 def make_train_step(
     model: keras.Model,
     optimizer: keras.Optimizer,
-    topology: Topology,
+    gradients: Gradients,
     cfg: TransformerLMConfig,
 ) -> Callable[..., StepSums]:
     """Returns the compiled step: (inputs, targets, global_size, stop) -> sums."""
@@ -63,13 +64,11 @@ def make_train_step(
     )
     def train_step(inputs: tf.Tensor, targets: tf.Tensor, global_size: tf.Tensor, stop: tf.Tensor) -> StepSums:
         """One optimizer step; returns the global batch's mean loss and what else travelled with the gradients."""
-        loss, grads = gradients.forward_backward(
-            model, sum_of_losses, inputs, targets, cfg.parallel.num_micro_batches, global_size
-        )
-        share = tf.shape(inputs)[0] / global_size
-        sums, grads = gradients.exchange(grads, topology, loss, stop, share, cfg.train.measures_noise)
-        grads = gradients.clip_global_norm(grads, cfg.train.clip_norm)
-        optimizer.apply(grads, model.trainable_variables)
+        parts, scale = cfg.parallel.num_micro_batches, gradients.loss_scale
+        loss, grads = forward_backward(model, sum_of_losses, inputs, targets, parts, global_size, scale)
+        sums, grads = gradients.exchange(grads, loss, stop, tf.shape(inputs)[0] / global_size)
+        grads = clip_global_norm(grads, cfg.train.clip_norm)
+        optimizers.apply(optimizer, grads, model, sums)
         return sums
 
     return train_step
@@ -102,15 +101,16 @@ def train(cfg: TransformerLMConfig) -> dict[str, Any]:
     cfg.run.dir = runtime.from_rank_zero(new_folder(cfg, RECIPE))
 
     runtime.seed(cfg.seed, topology)
-    runtime.set_dtype(cfg.precision)
+    precision.set_policy(cfg.precision)
     layers = build_layers(cfg.model, corpus.tokenizer.vocabulary_size)
-    model = keras.Sequential([keras.Input((cfg.model.context,), dtype="int64"), *layers])
+    model = precision.build_model(keras.Input((cfg.model.context,), dtype="int64"), layers, cfg.precision)
     optimizer = optimizers.build(cfg.optimizer, model)
+    gradients = Gradients.of(cfg, model, topology)
     extras = {"tokenizer": corpus.tokenizer.to_json()}
-    state = State(model, optimizer)
+    state = State(model, optimizer, gradients)
     checkpoints = Checkpoints(cfg, RECIPE, corpus.train.fingerprint, state, runtime, topology, extras)
     plan = Plan.of(cfg, len(corpus.train), topology, checkpoints.restore())
-    train_step = make_train_step(model, optimizer, topology, cfg)
+    train_step = make_train_step(model, optimizer, gradients, cfg)
 
     run = Run(cfg, RECIPE, plan)
     for step, batch in run.steps(corpus.train):
@@ -123,7 +123,7 @@ def train(cfg: TransformerLMConfig) -> dict[str, Any]:
         if step.ends_epoch:
             run.log(step, **evaluate(model, corpus.test, topology, cfg))
         checkpoints.save_if_due(step, sums, plan)
-    return run.finish(gradients.num_values(model.trainable_variables), runtime.check_in_sync(model))
+    return run.finish(gradients.buckets, runtime.check_in_sync(model))
 
 
 def main() -> None:

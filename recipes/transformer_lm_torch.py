@@ -20,7 +20,7 @@ from common.run import Run, new_folder
 from common.sharding import Plan
 from common.step_sums import StepSums
 from common.topology import Topology
-from common.torch import optimizers, runtime, transformer
+from common.torch import optimizers, precision, runtime, transformer
 from common.torch.checkpoint import State
 from common.torch.gradients import Gradients, forward_backward
 from common.validation import validate
@@ -58,7 +58,7 @@ def train_step(
     num_micro_batches = cfg.parallel.num_micro_batches
     sums = forward_backward(model, sum_of_losses, inputs, targets, num_micro_batches, global_size, gradients)
     gradients.clip_global_norm(cfg.train.clip_norm)
-    optimizer.step()
+    optimizers.step(optimizer, sums)
     return sums
 
 
@@ -94,13 +94,13 @@ def train(cfg: TransformerLMConfig) -> dict[str, Any]:
     runtime.seed(cfg.seed, topology)
     device = runtime.device(topology)
     layers = build_layers(cfg.model, corpus.tokenizer.vocabulary_size)
-    model = nn.Sequential(*layers).to(device, runtime.dtype(cfg.precision))
+    model = precision.Model(layers, cfg.precision, device)
     optimizer = optimizers.build(cfg.optimizer, model)
+    gradients = Gradients.of(cfg, model, topology)
     extras = {"tokenizer": corpus.tokenizer.to_json()}
-    state = State(model, optimizer)
+    state = State(model, optimizer, gradients)
     checkpoints = Checkpoints(cfg, RECIPE, corpus.train.fingerprint, state, runtime, topology, extras)
     plan = Plan.of(cfg, len(corpus.train), topology, checkpoints.restore())
-    gradients = Gradients(model.parameters(), topology, cfg.train.measures_noise)
 
     run = Run(cfg, RECIPE, plan)
     for step, batch in run.steps(corpus.train):
@@ -113,7 +113,7 @@ def train(cfg: TransformerLMConfig) -> dict[str, Any]:
         if step.ends_epoch:
             run.log(step, **evaluate(model, corpus.test, topology, cfg))
         checkpoints.save_if_due(step, sums, plan)
-    return run.finish(gradients.num_values, runtime.check_in_sync(model))
+    return run.finish(gradients.buckets, runtime.check_in_sync(model))
 
 
 def main() -> None:

@@ -3,8 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 from common.checkpoint import check_names_and_shapes
+from common.compression import SUMMED
 from common.tf import optimizers, runtime
+from common.tf.gradients import Gradients
 
+import horovod.tensorflow as hvd
 import keras
 import numpy as np
 
@@ -14,10 +17,10 @@ _AXES = {2: (1, 0), 4: (3, 2, 0, 1)}
 
 
 class State:
-    """The weights of a model and the state of its optimizer, by the names of common/checkpoint.py."""
+    """The weights of a model, the state of its optimizer and of its gradients, by the names of common/checkpoint.py."""
 
-    def __init__(self, model: keras.Model, optimizer: keras.Optimizer) -> None:
-        self._model, self._optimizer = model, optimizer
+    def __init__(self, model: keras.Model, optimizer: keras.Optimizer, gradients: Gradients) -> None:
+        self._model, self._optimizer, self._gradients = model, optimizer, gradients
 
     def weights(self) -> dict[str, np.ndarray]:
         """Copies of the weights; those of layer i of the model are named i.<...>."""
@@ -34,13 +37,30 @@ class State:
             arrays["num_updates"] = np.array(self._optimizer.iterations.numpy(), np.float32)
         return arrays
 
-    def load(self, new_weights: Mapping[str, np.ndarray], new_moments: Mapping[str, np.ndarray]) -> None:
-        """Takes over weights, and the optimizer's state where there is one.
+    def gradients(self) -> dict[str, np.ndarray]:
+        """What the gradients keep, summed over the ranks where each has its own; to be called by all ranks."""
+        arrays = {"counters": self._gradients.counters.numpy()}
+        for kind, by_index in self._gradients.state().items():
+            for index, tensor in by_index.items():
+                if kind in SUMMED:
+                    tensor = hvd.allreduce(tensor, name=f"state.{kind}.{index}", op=hvd.Sum)
+                name, axes = self._place(kind, index)
+                arrays[f"{name}.{kind}"] = np.ascontiguousarray(tensor.numpy().transpose(axes))
+        return arrays
+
+    def load(
+        self,
+        new_weights: Mapping[str, np.ndarray],
+        new_moments: Mapping[str, np.ndarray],
+        new_gradients: Mapping[str, np.ndarray],
+    ) -> None:
+        """Takes over weights, and the optimizer's and the gradients' state as far as they suit these.
 
         Raises:
             ConfigError: they are those of another model.
         """
         load_weights(self._model, new_weights)
+        self._load_gradients(new_gradients)
         if not new_moments:
             return
         left = dict(new_moments)
@@ -52,8 +72,34 @@ class State:
             _load(self._model, variables, arrays)
 
     def broadcast(self) -> None:
-        """Gives all ranks rank 0's weights and optimizer state."""
-        runtime.broadcast_state(self._model, self._optimizer)
+        """Gives all ranks what rank 0 has; of what is summed, each rank its share."""
+        kept = [*self._gradients.variables, self._gradients.counters]
+        runtime.broadcast_state(self._model, self._optimizer, kept)
+        share = self._gradients.share_of_state
+        self._gradients.load(
+            {
+                kind: {index: tensor.numpy() * (share if kind in SUMMED else 1) for index, tensor in by_index.items()}
+                for kind, by_index in self._gradients.state().items()
+            }
+        )
+
+    def _load_gradients(self, arrays: Mapping[str, np.ndarray]) -> None:
+        state = {}
+        for kind, by_index in self._gradients.state().items():
+            state[kind] = {index: tensor.numpy() for index, tensor in by_index.items()}
+            for index, array in state[kind].items():
+                name, axes = self._place(kind, index)
+                new = arrays.get(f"{name}.{kind}")
+                if new is not None and new.transpose(np.argsort(axes)).shape == array.shape:
+                    state[kind][index] = new.transpose(np.argsort(axes))
+        self._gradients.load(state)
+        self._gradients.set_counters(*arrays["counters"])
+
+    def _place(self, kind: str, index: int) -> tuple[str, tuple[int, ...]]:
+        """The name of a variable, and how the axes of its state of a kind lie in PyTorch's."""
+        variable = self._model.trainable_variables[index]
+        axes = _axes(variable) if kind in SUMMED else None
+        return names(self._model)[index], axes or tuple(range(2 if kind not in SUMMED else len(variable.shape)))
 
 
 def load_weights(model: keras.Model, arrays: Mapping[str, np.ndarray]) -> None:

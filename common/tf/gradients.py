@@ -1,19 +1,24 @@
 """Gradients in flat buckets, summed over the replicas while backward still runs."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Self
 
 from common import buckets
-from common.step_sums import StepSums
+from common.buckets import Bucket
+from common.config import CompressionConfig, LossyConfig, ReduceOp, RunConfig
+from common.precision import LossScale
+from common.step_sums import NUM_RIDERS, StepSums
+from common.tf import compression, runtime
+from common.tf.compression import Adasum, Channel, Compressor, Dense, Exchanged, Unit
 from common.topology import Topology
 
 import horovod.tensorflow as hvd
 import keras
+import numpy as np
 import tensorflow as tf
 
-
-def num_values(variables: Sequence[keras.Variable]) -> int:
-    """Number of values in the gradients of all variables."""
-    return sum(variable.value.shape.num_elements() for variable in variables)
+NO_COMPRESSION = CompressionConfig("none")
 
 
 def forward_backward(
@@ -23,6 +28,7 @@ def forward_backward(
     targets: tf.Tensor,
     num_micro_batches: int,
     global_size: tf.Tensor,
+    loss_scale: tf.Tensor | float = 1.0,
 ) -> tuple[tf.Tensor, list[tf.Tensor]]:
     """Forward and backward, one micro-batch after another.
 
@@ -33,6 +39,7 @@ def forward_backward(
         targets: (B, ...)
         num_micro_batches: parts to cut the B examples into; they differ by one example at most.
         global_size: () number of examples of all ranks in this step.
+        loss_scale: that the gradients, but not the loss, are multiplied with.
 
     Returns:
         This rank's shares of the mean loss over the global batch and of its gradients: the shares of all ranks add up
@@ -46,11 +53,12 @@ def forward_backward(
         with tf.control_dependencies(sums), tf.GradientTape() as tape:
             loss = sum_of_losses(model(_never_empty(part_inputs), training=True), _never_empty(part_targets))
             loss *= tf.cast(tf.shape(part_inputs)[0] > 0, loss.dtype) / tf.cast(global_size, loss.dtype)
+            scaled = loss * loss_scale
         values = [variable.value for variable in model.trainable_variables]
         # That of a slice has no static shape, that of a gather is sparse.
         gradients = [
             tf.ensure_shape(tf.convert_to_tensor(gradient), value.shape)
-            for gradient, value in zip(tape.gradient(loss, values), values, strict=True)
+            for gradient, value in zip(tape.gradient(scaled, values), values, strict=True)
         ]
         sums = [a + b for a, b in zip(sums, gradients, strict=True)] if sums else gradients
         total += tf.cast(loss, tf.float64)
@@ -77,35 +85,208 @@ def sum_over_replicas(
     return summed
 
 
-def exchange(
-    gradients: Sequence[tf.Tensor],
-    topology: Topology,
-    loss: tf.Tensor,
-    stop: tf.Tensor,
-    share: tf.Tensor,
-    measure_noise: bool = False,
-    bucket_bytes: int = buckets.BUCKET_BYTES,
-) -> tuple[StepSums, list[tf.Tensor]]:
-    """The sums of the gradients over the replicas, and scalars that travel with them.
+class Gradients:
+    """The exchange of a model's gradients, in flat buckets that travel as one vector each.
 
     Args:
-        gradients: of this rank's share of the global batch's mean loss.
+        shapes: of the gradients, in the order of the model's variables.
         topology: whose replicas take part.
-        loss: () this rank's share of the global batch's mean loss.
-        stop: () bool, whether this rank was asked to stop.
-        share: () this rank's share of the examples of the global batch; needed to measure the noise alone.
         measure_noise: also takes the squared norms that the gradient noise scale needs.
+        compression: what is done to gradients before they travel.
+        op: how the ranks' gradients become one.
+        loss_scale: that the losses are multiplied with at first.
+        seed: of the compressors' random numbers.
+        dtype: of the gradients.
         bucket_bytes: largest size of a bucket of several gradients.
     """
-    dtype = gradients[0].dtype
-    zero = tf.zeros((), dtype)
-    # The gradients are sums over this rank's examples, divided by the global batch's size.
-    mean = tf.math.divide_no_nan(squared_norm(gradients), tf.cast(share, dtype) ** 2) if measure_noise else zero
-    scalars = tf.stack([tf.cast(loss, dtype), tf.cast(stop, dtype), mean / topology.num_replicas, zero])
-    # As the first gradient they travel in the bucket that backward finishes last.
-    scalars, *summed = sum_over_replicas([scalars, *gradients], topology, bucket_bytes)
-    loss, stop, local, _ = tf.unstack(scalars)
-    return StepSums(loss, stop, local, squared_norm(summed) if measure_noise else zero), summed
+
+    def __init__(
+        self,
+        shapes: Sequence[Sequence[int]],
+        topology: Topology,
+        measure_noise: bool = False,
+        compression: CompressionConfig = NO_COMPRESSION,
+        op: ReduceOp = ReduceOp.average,
+        loss_scale: LossScale | None = None,
+        seed: int = 0,
+        dtype: str = "float32",
+        bucket_bytes: int = buckets.BUCKET_BYTES,
+    ) -> None:
+        self._topology = topology
+        self._measure_noise = measure_noise
+        self._compression, self._op, self._seed = compression, op, seed
+        self._loss_scale = loss_scale or LossScale()
+        self._dtype = tf.as_dtype(dtype)
+        # Steps made, loss scale, and steps since it changed; the same on all ranks.
+        self.counters = tf.Variable([0.0, self._loss_scale.value, 0.0], dtype=tf.float64, trainable=False)
+        self._shapes = [tuple(shape) for shape in shapes]
+        self.buckets = buckets.of_model(self._shapes, self._dtype.size, compression, op, bucket_bytes)
+        self._dense: list[Compressor] = []
+        self._compressors: dict[int, Compressor] = {}  # of buckets that are not summed as they are
+        if topology.num_replicas > 1 or isinstance(compression, LossyConfig):
+            for number, bucket in enumerate(self.buckets):
+                self._add_compressor(number, bucket)
+
+    @classmethod
+    def of(cls, cfg: RunConfig, model: keras.Model, topology: Topology) -> Self:
+        """The gradients of a recipe's model."""
+        shapes = [variable.shape for variable in model.trainable_variables]
+        noise, scale = cfg.train.measures_noise, LossScale.of(cfg.precision)
+        return cls(shapes, topology, noise, cfg.compression, cfg.op, scale, cfg.seed, cfg.precision.dtype.name)
+
+    def _add_compressor(self, number: int, bucket: Bucket) -> None:
+        ranks: Sequence[int] = range(self._topology.world_size)
+        shapes, name = [self._shapes[index] for index in bucket.members], f"gradients.{number}"
+        everyone = Unit(number, shapes, Channel(name, runtime.process_set(ranks)), self._seed)
+        self._dense.append(Dense(NO_COMPRESSION, everyone))
+        if bucket.method == ReduceOp.adasum.name:
+            self._compressors[number] = Adasum(NO_COMPRESSION, everyone)
+        elif isinstance(self._compression, LossyConfig) and bucket.method != NO_COMPRESSION.name:
+            if self._compression.two_level:
+                ranks = self._topology.first_ranks_of_hosts
+            channel = Channel(f"{name}.{bucket.method}", runtime.process_set(ranks))
+            unit = Unit(number, shapes, channel, self._seed)
+            self._compressors[number] = compression.build(self._compression, unit, self._topology)
+
+    @property
+    def loss_scale(self) -> tf.Tensor | float:
+        """What the losses are to be multiplied with."""
+        return tf.cast(self.counters[1], self._dtype) if self._loss_scale.is_dynamic else 1.0
+
+    def exchange(
+        self, gradients: Sequence[tf.Tensor], loss: tf.Tensor, stop: tf.Tensor, share: tf.Tensor
+    ) -> tuple[StepSums, list[tf.Tensor]]:
+        """The sums of the gradients over the replicas, and scalars that travel with them.
+
+        In a graph each bucket is sent off as soon as its gradients are there.
+
+        Args:
+            gradients: of this rank's share of the global batch's mean loss, times the loss scale.
+            loss: () this rank's share of the global batch's mean loss.
+            stop: () bool, whether this rank was asked to stop.
+            share: () this rank's share of the examples of the global batch; needed to measure the noise and by adasum.
+        """
+        share, zero = tf.cast(share, self._dtype), tf.zeros((), self._dtype)
+        gradients = [gradient / self.loss_scale for gradient in gradients] if self._loss_scale.is_dynamic else gradients
+        overflow = tf.cast(~all_finite(gradients), self._dtype) if self._loss_scale.is_dynamic else zero
+        # The gradients are sums over this rank's examples, divided by the global batch's size.
+        squares = tf.math.divide_no_nan(squared_norm(gradients), share**2) if self._measure_noise else zero
+        riders = [tf.cast(loss, self._dtype), tf.cast(stop, self._dtype), squares / self._topology.num_replicas, overflow]
+        sent = [self._flat([gradients[index] for index in bucket.members]) for bucket in self._sent_buckets]
+        results = [self._exchanged(number, flat, tf.stack(riders), share) for number, flat in enumerate(sent)]
+        if results:
+            last, travelled = tf.split(results[-1].summed, [-1, NUM_RIDERS])
+            results[-1] = results[-1]._replace(summed=last)
+            riders = tf.unstack(travelled)
+            gradients = self._unpacked([result.summed for result in results])
+        loss_scale = self.counters[1]
+        self._keep_state(results, riders[3] > 0)
+        measured = squared_norm(gradients) if self._measure_noise else zero
+        bytes_sent = tuple(result.num_bytes for result in results)
+        cosine, residual_norm = self._health(sent, results)
+        return StepSums(*riders, measured, bytes_sent, cosine, residual_norm, loss_scale), list(gradients)
+
+    def state(self) -> dict[str, dict[int, tf.Tensor]]:
+        """The compressors' state by name and variable's index; this rank's alone."""
+        state: dict[str, dict[int, tf.Tensor]] = {}
+        for number, compressor in self._compressors.items():
+            for name, tensors in compressor.state().items():
+                state.setdefault(name, {}).update(zip(self.buckets[number].members, tensors, strict=True))
+        return state
+
+    def load(self, state: Mapping[str, Mapping[int, np.ndarray]]) -> None:
+        """Takes over what state() gave."""
+        for number, compressor in self._compressors.items():
+            names = compressor.state()
+            members = self.buckets[number].members
+            compressor.load({name: [state[name][index] for index in members] for name in names})
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """The compressors' state."""
+        return [variable for compressor in self._compressors.values() for variable in compressor.variables]
+
+    @property
+    def share_of_state(self) -> float:
+        """The part of a summed state that this rank takes: the same for each rank that compresses."""
+        is_two_level = isinstance(self._compression, LossyConfig) and self._compression.two_level
+        if not is_two_level:
+            return 1 / self._topology.num_replicas
+        return 1 / len(self._topology.first_ranks_of_hosts) if self._topology.local_rank == 0 else 0.0
+
+    def set_counters(self, num_steps: float, scale: float, good_steps: float) -> None:
+        """Takes over counters; the loss scale where there is one."""
+        is_dynamic = self._loss_scale.is_dynamic
+        self.counters.assign([num_steps, scale, good_steps] if is_dynamic else [num_steps, 1.0, 0.0])
+
+    @property
+    def _sent_buckets(self) -> list[Bucket]:
+        """The buckets that travel; one rank alone has none, unless it compresses."""
+        return self.buckets if self._dense else []
+
+    def _flat(self, gradients: Sequence[tf.Tensor]) -> tf.Tensor:
+        """(n,) the gradients, one after another; there may be none."""
+        return tf.concat([tf.zeros(0, self._dtype), *(tf.reshape(gradient, [-1]) for gradient in gradients)], 0)
+
+    def _exchanged(self, number: int, flat: tf.Tensor, riders: tf.Tensor, share: tf.Tensor) -> Exchanged:
+        """The result of a bucket; the riders are the last of the last one's."""
+        step = tf.cast(self.counters[0], tf.int32)
+        dense, compressor = self._dense[number], self._compressors.get(number)
+        dense.unit.channel.begin()
+        if compressor is None:
+            return dense.exchange(tf.concat([flat, riders], 0) if number == len(self.buckets) - 1 else flat, step)
+        if isinstance(compressor, Adasum):
+            return compressor.exchange(tf.math.divide_no_nan(flat, share), step)
+        compressor.unit.channel.begin()
+        if not isinstance(self._compression, LossyConfig) or self._compression.start_step <= 1:
+            return compressor.exchange(flat, step)
+
+        def uncompressed() -> Exchanged:
+            kept = [variable.value() for variable in compressor.variables]
+            return dense.exchange(flat, step)._replace(state=kept, error=tf.zeros_like(flat))
+
+        return tf.cond(step + 1 >= self._compression.start_step, lambda: compressor.exchange(flat, step), uncompressed)
+
+    def _unpacked(self, summed: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """The gradients of the buckets, in the order of the model's variables."""
+        by_index: dict[int, tf.Tensor] = {}
+        for bucket, flat in zip(self.buckets, summed, strict=True):
+            lengths = [math.prod(self._shapes[index]) for index in bucket.members]
+            for index, part in zip(bucket.members, tf.split(flat, lengths) if lengths else (), strict=True):
+                by_index[index] = tf.reshape(part, self._shapes[index])
+        return [by_index[index] for index in range(len(self._shapes))]
+
+    def _keep_state(self, results: Sequence[Exchanged], overflow: tf.Tensor) -> None:
+        """Takes over what the exchange has left, unless the step is skipped; counts it."""
+        for number, compressor in self._compressors.items():
+            for variable, new in zip(compressor.variables, results[number].state, strict=True):
+                variable.assign(tf.where(overflow, variable, new))
+        num_steps, scale, good_steps = tf.unstack(self.counters)
+        if self._loss_scale.is_dynamic:  # LossScale.update in common/precision.py
+            is_grown = good_steps + 1 >= self._loss_scale.growth_steps
+            good = tf.stack([tf.where(is_grown, 2 * scale, scale), tf.where(is_grown, tf.zeros_like(scale), good_steps + 1)])
+            bad = tf.stack([tf.maximum(scale / 2, 1), tf.zeros_like(scale)])
+            scale, good_steps = tf.unstack(tf.where(overflow, bad, good))
+        self.counters.assign([num_steps + 1, scale, good_steps])
+
+    def _health(self, sent: Sequence[tf.Tensor], results: Sequence[Exchanged]) -> tuple[tf.Tensor, tf.Tensor]:
+        """The cosine to the true gradient and the norm of all residuals; by an uncompressed exchange."""
+        zero = tf.zeros(())
+        if not (isinstance(self._compression, LossyConfig) and self._compression.health):
+            return zero, zero
+        squares = squared_norm([result.error for result in results])
+        true, squares = tf.split(
+            hvd.allreduce(tf.concat([*sent, squares[None]], 0), name="health", op=hvd.Sum),
+            [sum(flat.shape.num_elements() for flat in sent), 1],
+        )
+        applied = tf.concat([result.summed for result in results], 0)
+        cosine = tf.reduce_sum(tf.math.l2_normalize(true) * tf.math.l2_normalize(applied))
+        return cosine, tf.sqrt(squares[0])
+
+
+def all_finite(gradients: Sequence[tf.Tensor]) -> tf.Tensor:
+    """() bool, whether no value is infinite or not a number."""
+    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(gradient)) for gradient in gradients])
 
 
 def squared_norm(gradients: Sequence[tf.Tensor]) -> tf.Tensor:

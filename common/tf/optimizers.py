@@ -1,8 +1,12 @@
 """The optimizers of conf/optimizer as Keras has them."""
 
+from collections.abc import Sequence
+
 from common.config import AdamWConfig, OptimizerConfig, SGDConfig
+from common.step_sums import StepSums
 
 import keras
+import tensorflow as tf
 
 
 class SGD(keras.optimizers.SGD):
@@ -69,6 +73,16 @@ def _build(cfg: OptimizerConfig, model: keras.Model) -> keras.Optimizer:
         )
         return optimizer
     raise TypeError(f"no optimizer for {type(cfg).__name__}")
+
+
+def apply(optimizer: keras.Optimizer, gradients: Sequence[tf.Tensor], model: keras.Model, sums: StepSums) -> None:
+    """One update of the weights, unless a rank's gradients overflowed."""
+
+    def update() -> bool:
+        optimizer.apply(gradients, model.trainable_variables)
+        return True
+
+    tf.cond(sums.overflow > 0, lambda: False, update)
 
 
 def set_learning_rate(optimizer: keras.Optimizer, value: float) -> None:

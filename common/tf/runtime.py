@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,12 +18,20 @@ import tensorflow as tf
 from horovod.common.exceptions import HorovodInternalError
 
 
-def init() -> Topology:
-    """Starts Horovod, if it has not been, and gives this rank its share of the cores; without horovodrun: one rank."""
+_process_sets: dict[tuple[int, ...], hvd.ProcessSet] = {}
+
+
+def init(process_sets: Iterable[Sequence[int]] = ()) -> Topology:
+    """Starts Horovod, if it has not been, and gives this rank its share of the cores; without horovodrun: one rank.
+
+    Args:
+        process_sets: ranks that will exchange something among themselves; the same on all ranks.
+    """
     if hvd.is_initialized():
         return _topology()
     host.set_cycle_time()
-    hvd.init()
+    _process_sets.update((tuple(ranks), hvd.ProcessSet(list(ranks))) for ranks in process_sets)
+    hvd.init(process_sets=list(_process_sets.values()))
     topology = _topology()
     num_threads = topology.num_threads(host.num_cores())
     if "TF_NUM_INTRAOP_THREADS" not in os.environ:
@@ -39,14 +47,14 @@ def _topology() -> Topology:
     return Topology(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
 
 
+def process_set(ranks: Sequence[int]) -> hvd.ProcessSet:
+    """All ranks, or some that were named to init()."""
+    return hvd.global_process_set if len(ranks) == hvd.size() else _process_sets[tuple(ranks)]
+
+
 def shutdown() -> None:
     """Ends Horovod on all ranks."""
     hvd.shutdown()
-
-
-def set_dtype(cfg: PrecisionConfig) -> None:
-    """Makes the run's dtype that of all layers built from here on."""
-    keras.config.set_dtype_policy(cfg.dtype.name)
 
 
 def seed(number: int, topology: Topology) -> None:
@@ -100,14 +108,17 @@ def sum_over_ranks(*values: float | tf.Tensor) -> list[float]:
     return sums
 
 
-def broadcast_state(model: keras.Model, optimizer: keras.Optimizer) -> None:
-    """Gives all ranks rank 0's weights and optimizer state, in one message per dtype."""
-    variables = [*model.weights, *optimizer.variables]
-    for dtype in {variable.dtype: None for variable in variables}:
-        same = [variable for variable in variables if variable.dtype == dtype]
-        flat = tf.concat([tf.reshape(variable.value, [-1]) for variable in same], axis=0)
+def broadcast_state(
+    model: keras.Model, optimizer: keras.Optimizer, others: Iterable[tf.Variable] = ()
+) -> None:
+    """Gives all ranks rank 0's weights, optimizer state and other variables, in one message per dtype."""
+    variables = [*model.weights, *optimizer.variables, *others]
+    for dtype in {tf.as_dtype(variable.dtype): None for variable in variables}:
+        same = [variable for variable in variables if tf.as_dtype(variable.dtype) == dtype]
+        tensors = [tf.convert_to_tensor(variable) for variable in same]
+        flat = tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], axis=0)
         parts = tf.split(
-            hvd.broadcast(flat, 0, name=f"state.{dtype}"), [variable.value.shape.num_elements() for variable in same]
+            hvd.broadcast(flat, 0, name=f"state.{dtype.name}"), [tensor.shape.num_elements() for tensor in tensors]
         )
         for variable, part in zip(same, parts, strict=True):
             variable.assign(tf.reshape(part, variable.shape))

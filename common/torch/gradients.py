@@ -2,26 +2,39 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Self
 
 from common import buckets, stopping
-from common.step_sums import StepSums
+from common.buckets import Bucket
+from common.config import CompressionConfig, LossyConfig, ReduceOp, RunConfig
+from common.precision import LossScale
+from common.step_sums import NUM_RIDERS, StepSums
 from common.topology import Topology
+from common.torch import compression, runtime
+from common.torch.compression import Adasum, Channel, Compressor, Dense, Exchanges, Unit
 
 import horovod.torch as hvd
+import torch
 from torch import Tensor, nn
+
+NO_COMPRESSION = CompressionConfig("none")
 
 
 class Gradients:
-    """The gradients of a model, in flat buckets that are exchanged as one message each.
+    """The gradients of a model, in flat buckets that are exchanged as one vector each.
 
     Every rank adds up gradients of sums, already divided by the number of examples of the whole global batch. The
     exchange is then a sum, which stays exact when ranks have different numbers of examples. A parameter's .grad moves
-    into its bucket when backward has made it, and stays there; one rank alone needs no buckets.
+    into its bucket when backward has made it, and stays there; one rank alone needs no buckets, unless it compresses.
 
     Args:
         parameters: the model's, in its order.
         topology: whose replicas take part.
         measure_noise: also takes the squared norms that the gradient noise scale needs.
+        compression: what is done to gradients before they travel.
+        op: how the ranks' gradients become one.
+        loss_scale: that the losses are multiplied with.
+        seed: of the compressors' random numbers.
         bucket_bytes: largest size of a bucket of several gradients.
     """
 
@@ -30,50 +43,79 @@ class Gradients:
         parameters: Iterable[nn.Parameter],
         topology: Topology,
         measure_noise: bool = False,
+        compression: CompressionConfig = NO_COMPRESSION,
+        op: ReduceOp = ReduceOp.average,
+        loss_scale: LossScale | None = None,
+        seed: int = 0,
         bucket_bytes: int = buckets.BUCKET_BYTES,
     ) -> None:
-        self._num_replicas = topology.num_replicas
+        self._topology = topology
         self._measure_noise = measure_noise
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self._compression, self._op, self._seed = compression, op, seed
+        self.loss_scale = loss_scale or LossScale()
+        self.num_steps = 0
+        shapes = [tuple(parameter.shape) for parameter in self._parameters]
+        value_bytes = self._parameters[0].element_size()
+        self.buckets = buckets.of_model(shapes, value_bytes, compression, op, bucket_bytes)
         self._messages: list[Tensor] = []
-        self._buckets: list[Tensor] = []  # the part of each message that holds gradients
+        self._values: list[Tensor] = []  # the part of each message that holds gradients
+        self._dense: list[Compressor] = []
+        self._compressors: dict[int, Compressor] = {}  # of buckets that are not summed as they are
         self._views: list[Tensor] = []  # where each parameter's gradient has its place
-        self._members: list[int] = []  # number of gradients in each bucket
-        self._waiting: list[int] = []  # of them, those that this backward has yet to finish
-        self._handles: dict[int, int] = {}
+        self._waiting: list[int] = []  # number of gradients of each bucket that this backward has yet to finish
+        self._exchanges = Exchanges()
+        self._sent: dict[int, Tensor] = {}  # buckets under way: what was sent, where the health is looked at
         self._last_backward = False
-        self._scalars = self._parameters[0].new_zeros(len(StepSums._fields), requires_grad=False)
-        if self._num_replicas > 1:
-            self._make_buckets(bucket_bytes)
+        self._riders = self._parameters[0].new_zeros(NUM_RIDERS, requires_grad=False)
+        if topology.num_replicas > 1 or isinstance(compression, LossyConfig):
+            self._make_buckets()
 
-    def _make_buckets(self, bucket_bytes: int) -> None:
+    @classmethod
+    def of(cls, cfg: RunConfig, model: nn.Module, topology: Topology) -> Self:
+        """The gradients of a recipe's model."""
+        noise, scale = cfg.train.measures_noise, LossScale.of(cfg.precision)
+        return cls(model.parameters(), topology, noise, cfg.compression, cfg.op, scale, cfg.seed)
+
+    def _make_buckets(self) -> None:
         places: dict[int, Tensor] = {}
-        sizes = [parameter.numel() * parameter.element_size() for parameter in self._parameters]
-        assigned = buckets.assign(sizes, bucket_bytes)
-        for number, indices in enumerate(assigned):
-            members = [self._parameters[index] for index in indices]
+        owners = {}
+        for number, bucket in enumerate(self.buckets):
+            members = [self._parameters[index] for index in bucket.members]
             lengths = [member.numel() for member in members]
-            # The scalars travel in the bucket that backward finishes last.
-            num_scalars = len(self._scalars) if number == len(assigned) - 1 else 0
-            message = members[0].new_zeros(sum(lengths) + num_scalars, requires_grad=False)
-            flat, scalars = message.split([sum(lengths), num_scalars])
-            places |= dict(zip(indices, flat.split(lengths), strict=True))
+            # The riders travel in the bucket that backward finishes last.
+            num_riders = NUM_RIDERS if number == len(self.buckets) - 1 else 0
+            message = self._riders.new_zeros(bucket.num_values + num_riders)
+            flat, riders = message.split([bucket.num_values, num_riders])
+            places |= dict(zip(bucket.members, flat.split(lengths), strict=True))
+            owners |= dict.fromkeys(bucket.members, number)
             self._messages.append(message)
-            self._buckets.append(flat)
-            self._members.append(len(members))
-            for index, member in zip(indices, members, strict=True):
-                member.register_post_accumulate_grad_hook(partial(self._finished_one, index, number))
-        self._scalars = scalars
+            self._values.append(flat)
+            self._add_compressor(number, bucket, [tuple(member.shape) for member in members])
+        self._riders = riders
         self._views = [places[index].view_as(parameter) for index, parameter in enumerate(self._parameters)]
+        for index, parameter in enumerate(self._parameters):
+            parameter.register_post_accumulate_grad_hook(partial(self._finished_one, index, owners[index]))
 
-    @property
-    def num_values(self) -> int:
-        """Number of values in all gradients."""
-        return sum(parameter.numel() for parameter in self._parameters)
+    def _add_compressor(self, number: int, bucket: Bucket, shapes: list[tuple[int, ...]]) -> None:
+        ranks = range(self._topology.world_size)
+        if isinstance(self._compression, LossyConfig) and self._compression.two_level:
+            between_hosts = self._topology.first_ranks_of_hosts
+        else:
+            between_hosts = ranks
+        name, device = f"gradients.{number}", self._riders.device
+        everyone = Unit(number, shapes, Channel(name, runtime.process_set(ranks)), self._seed, device)
+        self._dense.append(Dense(NO_COMPRESSION, everyone))
+        if bucket.method == ReduceOp.adasum.name:
+            self._compressors[number] = Adasum(NO_COMPRESSION, everyone)
+        elif bucket.method != NO_COMPRESSION.name:
+            channel = Channel(f"{name}.{bucket.method}", runtime.process_set(between_hosts))
+            unit = Unit(number, shapes, channel, self._seed, device)
+            self._compressors[number] = compression.build(self._compression, unit, self._topology)
 
     def zero(self) -> None:
         """Starts a step."""
-        self._scalars.zero_()
+        self._riders.zero_()
         for parameter in self._parameters:
             parameter.grad = None
 
@@ -83,28 +125,34 @@ class Gradients:
         Args:
             loss: this rank's share of the global batch's mean loss.
             stop: whether this rank was asked to stop.
-            share: this rank's share of the examples of the global batch; needed to measure the noise alone.
+            share: this rank's share of the examples of the global batch; needed to measure the noise and by adasum.
         """
-        self._scalars[0], self._scalars[1] = loss, float(stop)
+        self._riders[0], self._riders[1] = loss, float(stop)
         self._share = share
-        self._waiting = list(self._members)
+        self._waiting = [len(bucket.members) for bucket in self.buckets]
         self._last_backward = True
 
     def wait(self) -> StepSums:
         """Returns when all buckets hold the sums over the replicas.
 
         Returns:
-            The sums of what was given to exchange_in_next_backward, and the squared norms if they are measured.
+            The sums of what was given to exchange_in_next_backward, and what was measured.
         """
         self._last_backward = False
-        if self._num_replicas > 1:
-            self._send_the_rest()
-            for handle in self._handles.values():
-                hvd.synchronize(handle)
-            self._handles.clear()
-        if self._measure_noise:
-            self._scalars[3] = sum(values.square().sum() for values in self._values())
-        return StepSums(*self._scalars.clone())
+        errors = self._finish_exchanges()
+        loss, stop, local_squares, overflow = self._riders.clone()
+        if self._values:
+            self._keep_state(bool(overflow > 0))
+        elif self.loss_scale.is_dynamic:
+            overflow = self._unscaled_alone()
+        loss_scale = self.loss_scale.value
+        self.loss_scale.update(bool(overflow > 0))
+        zero = self._riders.new_zeros(())
+        squares = sum((values.square().sum() for values in self._all_values()), zero) if self._measure_noise else zero
+        bytes_sent = [self._compressor(number).num_bytes for number in range(len(self._values))]
+        cosine, residual_norm = self._health(errors)
+        self.num_steps += 1
+        return StepSums(loss, stop, local_squares, overflow, squares, bytes_sent, cosine, residual_norm, loss_scale)
 
     def clip_global_norm(self, max_norm: float) -> None:
         """Scales the gradients down to a global L2 norm of max_norm where theirs is larger; 0: leaves them alone.
@@ -113,14 +161,47 @@ class Gradients:
         https://arxiv.org/abs/1211.5063 (algorithm 1)
         """
         if max_norm:
-            norm = nn.utils.get_total_norm(self._values())
+            norm = nn.utils.get_total_norm(self._all_values())
             if norm > max_norm:
-                for values in self._values():
+                for values in self._all_values():
                     values.mul_(max_norm / norm)
 
-    def _values(self) -> list[Tensor]:
+    def state(self) -> dict[str, dict[int, Tensor]]:
+        """The compressors' state by name and parameter's index; views, this rank's alone."""
+        state: dict[str, dict[int, Tensor]] = {}
+        for number, compressor in self._compressors.items():
+            for name, tensors in compressor.state().items():
+                state.setdefault(name, {}).update(zip(self.buckets[number].members, tensors, strict=True))
+        return state
+
+    @property
+    def share_of_state(self) -> float:
+        """The part of a summed state that this rank takes: the same for each rank that compresses."""
+        is_two_level = isinstance(self._compression, LossyConfig) and self._compression.two_level
+        if not is_two_level:
+            return 1 / self._topology.num_replicas
+        return 1 / len(self._topology.first_ranks_of_hosts) if self._topology.local_rank == 0 else 0.0
+
+    def counters(self) -> Tensor:
+        """(3,) float64 steps made, loss scale, and steps since it changed; the same on all ranks."""
+        return torch.tensor([self.num_steps, self.loss_scale.value, self.loss_scale.good_steps], dtype=torch.float64)
+
+    def set_counters(self, values: Tensor) -> None:
+        """Takes over counters(); the loss scale where there is one."""
+        num_steps, scale, good_steps = values.tolist()
+        self.num_steps = int(num_steps)
+        if self.loss_scale.is_dynamic:
+            self.loss_scale.value, self.loss_scale.good_steps = scale, int(good_steps)
+
+    def _all_values(self) -> list[Tensor]:
         """All gradients, in as few tensors as there are."""
-        return self._buckets or [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        return self._values or [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+
+    def _compressor(self, number: int) -> Compressor:
+        """What sums a bucket in this step."""
+        starts = self._compression.start_step if isinstance(self._compression, LossyConfig) else 1
+        is_on = number in self._compressors and self.num_steps + 1 >= starts
+        return self._compressors[number] if is_on else self._dense[number]
 
     def _finished_one(self, index: int, number: int, parameter: nn.Parameter) -> None:
         """Backward has added to a parameter's gradient, which is to lie in its bucket."""
@@ -129,24 +210,67 @@ class Gradients:
             parameter.grad = view.copy_(parameter.grad)
         if self._last_backward:
             self._waiting[number] -= 1
-            if not self._waiting[number]:
-                self._send(number)
-
-    def _send_the_rest(self) -> None:
-        """Sends the buckets that hold a parameter which this backward did not reach."""
-        for parameter, view in zip(self._parameters, self._views, strict=True):
-            if parameter.grad is None:
-                parameter.grad = view.zero_()
-        for number in range(len(self._buckets)):
-            if number not in self._handles:
+            # Whether there was an overflow is known when all buckets but the last have been looked at.
+            is_held_back = self.loss_scale.is_dynamic and number == len(self.buckets) - 1
+            if not self._waiting[number] and not is_held_back:
                 self._send(number)
 
     def _send(self, number: int) -> None:
+        values = self._values[number]
+        if self.loss_scale.is_dynamic:
+            values /= self.loss_scale.value
+            self._riders[3] += float(not values.isfinite().all())
         if self._measure_noise and self._share:
             # Gradients here are sums over this rank's examples divided by the global batch's size.
-            squares = self._buckets[number].square().sum() / self._share**2
-            self._scalars[2] += squares / self._num_replicas
-        self._handles[number] = hvd.allreduce_async_(self._messages[number], name=f"gradients.{number}", op=hvd.Sum)
+            self._riders[2] += values.square().sum() / self._share**2 / self._topology.num_replicas
+        compressor = self._compressor(number)
+        if isinstance(compressor, Adasum) and self._share:
+            values /= self._share
+        self._sent[number] = values.clone() if self._looks_at_health else values
+        compressor.unit.channel.begin()
+        self._exchanges.start(number, compressor.exchange(self._messages[number], self.num_steps))
+
+    def _finish_exchanges(self) -> list[Tensor]:
+        """Sends the buckets that hold a parameter which this backward did not reach, and waits for all; their errors."""
+        for parameter, view in zip(self._parameters, self._views, strict=False):
+            if parameter.grad is None:
+                parameter.grad = view.zero_()
+        for number in range(len(self._values)):
+            if number not in self._sent:
+                self._send(number)
+        results = self._exchanges.finish()
+        for number, (summed, _) in results.items():
+            if summed is not self._messages[number]:
+                self._messages[number].copy_(summed)
+        return [error for _, error in results.values()]
+
+    def _keep_state(self, overflow: bool) -> None:
+        if not overflow:
+            for number, compressor in self._compressors.items():
+                if self._compressor(number) is compressor:
+                    compressor.commit()
+
+    def _unscaled_alone(self) -> Tensor:
+        """Unscales the gradients of one rank alone; 1 if there was an overflow."""
+        values = self._all_values()
+        torch._foreach_div_(values, self.loss_scale.value)
+        return torch.tensor(float(not all(value.isfinite().all() for value in values)))
+
+    @property
+    def _looks_at_health(self) -> bool:
+        return isinstance(self._compression, LossyConfig) and self._compression.health
+
+    def _health(self, errors: list[Tensor]) -> tuple[float, float]:
+        """The cosine to the true gradient and the norm of all residuals; by an uncompressed exchange."""
+        if not self._looks_at_health:
+            self._sent.clear()
+            return 0.0, 0.0
+        sent = torch.cat([self._sent[number] for number in range(len(self._values))])
+        self._sent.clear()
+        squares = sum((error.square().sum() for error in errors), sent.new_zeros(()))
+        summed = hvd.allreduce(torch.cat([sent, squares[None]]), name="health", op=hvd.Sum)
+        cosine = torch.cosine_similarity(summed[:-1], torch.cat(self._values), dim=0)
+        return float(cosine), float(summed[-1].sqrt())
 
 
 def forward_backward(
@@ -177,5 +301,5 @@ def forward_backward(
         total = total + loss.detach()
         if number == num_micro_batches:
             gradients.exchange_in_next_backward(total, stopping.requested(), len(inputs) / global_size)
-        loss.backward()
+        (loss * gradients.loss_scale.value).backward()
     return gradients.wait()

@@ -1,6 +1,7 @@
 """The optimizers of conf/optimizer as PyTorch has them."""
 
 from common.config import AdamWConfig, OptimizerConfig, SGDConfig
+from common.step_sums import StepSums
 
 import torch
 from torch import nn
@@ -55,6 +56,12 @@ def _build(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
         groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, cfg.lr, (cfg.beta1, cfg.beta2), cfg.epsilon, fused=True)
     raise TypeError(f"no optimizer for {type(cfg).__name__}")
+
+
+def step(optimizer: torch.optim.Optimizer, sums: StepSums) -> None:
+    """One update of the weights, unless a rank's gradients overflowed."""
+    if not float(sums.overflow):
+        optimizer.step()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,15 +18,28 @@ from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor, nn
 
 
-def init() -> Topology:
-    """Starts Horovod, if it has not been, and gives this rank its share of the cores; without horovodrun: one rank."""
+_process_sets: dict[tuple[int, ...], hvd.ProcessSet] = {}
+
+
+def init(process_sets: Iterable[Sequence[int]] = ()) -> Topology:
+    """Starts Horovod, if it has not been, and gives this rank its share of the cores; without horovodrun: one rank.
+
+    Args:
+        process_sets: ranks that will exchange something among themselves; the same on all ranks.
+    """
     if not hvd.is_initialized():
         host.set_cycle_time()
-        hvd.init()
+        _process_sets.update((tuple(ranks), hvd.ProcessSet(list(ranks))) for ranks in process_sets)
+        hvd.init(process_sets=list(_process_sets.values()))
     topology = Topology(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(topology.num_threads(host.num_cores()))
     return topology
+
+
+def process_set(ranks: Sequence[int]) -> hvd.ProcessSet:
+    """All ranks, or some that were named to init()."""
+    return hvd.global_process_set if len(ranks) == hvd.size() else _process_sets[tuple(ranks)]
 
 
 def shutdown() -> None:
@@ -87,10 +100,10 @@ def sum_over_ranks(*values: float | Tensor) -> list[float]:
     return hvd.allreduce(torch.tensor(values, dtype=torch.float64), name="sum_over_ranks", op=hvd.Sum).tolist()
 
 
-def broadcast_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Gives all ranks rank 0's weights, buffers and optimizer state, in one message per dtype."""
+def broadcast_state(model: nn.Module, optimizer: torch.optim.Optimizer, others: Iterable[Tensor] = ()) -> None:
+    """Gives all ranks rank 0's weights, buffers, optimizer state and other tensors, in one message per dtype."""
     state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
-    tensors = [*model.state_dict().values(), *state]
+    tensors = [*model.state_dict().values(), *state, *others]
     for dtype in {tensor.dtype: None for tensor in tensors}:
         same = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = hvd.broadcast(torch.cat([tensor.flatten() for tensor in same]), 0, name=f"state.{dtype}")

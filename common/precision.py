@@ -1,0 +1,42 @@
+"""The dynamic loss scale of half precision."""
+
+from dataclasses import dataclass
+
+from common.config import LossScalePrecisionConfig, PrecisionConfig
+
+
+@dataclass
+class LossScale:
+    """By how much the loss is multiplied before backward, so that small gradients do not vanish in half precision.
+
+    Micikevicius et al., "Mixed Precision Training", 2018, https://arxiv.org/abs/1710.03740 (section 3.2)
+
+    Attributes:
+        value: a power of two; 1 without half precision.
+        growth_steps: it doubles after so many steps without an overflow; 0: it stays.
+        good_steps: steps since the last overflow or doubling.
+    """
+
+    value: float = 1.0
+    growth_steps: int = 0
+    good_steps: int = 0
+
+    @classmethod
+    def of(cls, cfg: PrecisionConfig) -> "LossScale":
+        """The configuration's."""
+        is_scaled = isinstance(cfg, LossScalePrecisionConfig)
+        return cls(cfg.initial_loss_scale, cfg.growth_steps) if is_scaled else cls()  # type: ignore[attr-defined]
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether overflows are looked for."""
+        return self.growth_steps > 0
+
+    def update(self, overflow: bool) -> None:
+        """Takes in whether any rank's gradients of a step had an infinite value or none at all."""
+        if overflow:
+            self.value, self.good_steps = max(1.0, self.value / 2), 0
+            return
+        self.good_steps += 1
+        if self.is_dynamic and self.good_steps >= self.growth_steps:
+            self.value, self.good_steps = 2 * self.value, 0

@@ -1,0 +1,390 @@
+"""Gradient compressors as TensorFlow runs them: the ways of travelling, and what wraps any method.
+
+A method is the class Compressor of common/tf/compressors/<method>.py; common/compression.py has the rules.
+"""
+
+import importlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from common.buckets import allreduce_bytes
+from common.compression import CHUNK, GROUP, chunk_sizes, piece_size
+from common.config import CompressionConfig, DGCConfig, LossyConfig, SparseConfig, WireValues
+from common.tf import runtime
+from common.topology import Topology
+
+import horovod.tensorflow as hvd
+import numpy as np
+import tensorflow as tf
+
+Random = Callable[[Sequence[int]], tf.Tensor]
+"""Shape -> float32 in [0, 1), other ones at each call."""
+
+
+class Channel:
+    """The messages of one bucket to the other ranks of a process set.
+
+    Attributes:
+        rank: this rank's number in the set.
+        size: number of ranks in the set.
+        num_bytes: what this rank has sent in the last exchange, by the formulas of docs/compression.md.
+    """
+
+    def __init__(self, name: str, process_set: hvd.ProcessSet) -> None:
+        self._name, self._process_set = name, process_set
+        self.rank, self.size = process_set.rank(), process_set.size()
+        self.begin()
+
+    def begin(self) -> None:
+        """Starts a new exchange."""
+        self.num_bytes: tf.Tensor | int = 0
+        self._num_messages = 0
+
+    def allreduce(self, values: tf.Tensor) -> tf.Tensor:
+        """The sums of (...) float16, float32 or float64."""
+        num_bytes = allreduce_bytes(values.shape.num_elements() * values.dtype.size, self.size)
+        return hvd.allreduce(values, op=hvd.Sum, **self._sent(num_bytes))
+
+    def alltoall(self, rows: tf.Tensor) -> tf.Tensor:
+        """Row r of (ranks, ...) goes to rank r; the result's row r comes from it."""
+        num_bytes = rows.shape[1:].num_elements() * rows.dtype.size * (self.size - 1)
+        return tf.ensure_shape(hvd.alltoall(rows, **self._sent(num_bytes)), rows.shape)
+
+    def allgather(self, values: tf.Tensor) -> tf.Tensor:
+        """The values (k, ...) of all ranks, one after another."""
+        num_bytes = tf.size(values) * values.dtype.size * (self.size - 1)
+        return hvd.allgather(values, **self._sent(num_bytes))
+
+    def broadcast(self, values: tf.Tensor) -> tf.Tensor:
+        """The values of the set's first rank; counted as the first of a binary tree sends them."""
+        num_bytes = values.shape.num_elements() * values.dtype.size * math.ceil(math.log2(self.size))
+        sent = self._sent(num_bytes if self.rank == 0 else 0)
+        return tf.ensure_shape(hvd.broadcast(values, self._process_set.ranks[0], **sent), values.shape)
+
+    def _sent(self, num_bytes: tf.Tensor | int) -> dict[str, Any]:
+        """Counts a message; each of an exchange has its own name, so that Horovod knows it again in the next step."""
+        self.num_bytes += num_bytes
+        self._num_messages += 1
+        return {"name": f"{self._name}.{self._num_messages}", "process_set": self._process_set}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is compressed as one vector.
+
+    Attributes:
+        number: of the unit in the model.
+        shapes: of the gradients that lie in it, one after another.
+        channel: to the ranks that compressed values are exchanged with.
+        seed: of random numbers.
+    """
+
+    number: int
+    shapes: Sequence[tuple[int, ...]]
+    channel: Channel
+    seed: int
+
+    @property
+    def lengths(self) -> list[int]:
+        """Number of values of each gradient."""
+        return [math.prod(shape) for shape in self.shapes]
+
+    def random(self, step: tf.Tensor, rank: int = 0) -> Random:
+        """Random numbers of a step: those of a rank, or the same ones on all ranks."""
+        stream = int(np.random.SeedSequence((self.seed, self.number, rank)).generate_state(1)[0])
+        calls = iter(range(GROUP))
+
+        def draw(shape: Sequence[int]) -> tf.Tensor:
+            return tf.random.stateless_uniform(shape, tf.stack([stream, GROUP * tf.cast(step, tf.int64) + next(calls)]))
+
+        return draw
+
+    def new_variable(self) -> tf.Variable:
+        """(n,) float32 zeros."""
+        return tf.Variable(tf.zeros(sum(self.lengths)), trainable=False)
+
+    def split(self, values: tf.Tensor) -> list[tf.Tensor]:
+        """The parts of (n,) as the gradients are shaped."""
+        return [
+            tf.reshape(part, shape) for part, shape in zip(tf.split(values, self.lengths), self.shapes, strict=True)
+        ]
+
+
+class Exchanged(NamedTuple):
+    """What an exchange results in.
+
+    Attributes:
+        summed: (n,) over the ranks.
+        error: (n,) of this rank, or () where there is none.
+        state: the new values of the compressor's variables, to be taken over unless the step is skipped.
+        num_bytes: () that this rank has sent.
+    """
+
+    summed: tf.Tensor
+    error: tf.Tensor
+    state: Sequence[tf.Tensor]
+    num_bytes: tf.Tensor
+
+
+class Compressor(ABC):
+    """A way to sum a unit's gradients over the ranks.
+
+    Attributes:
+        variables: what an exchange leaves for the next one.
+    """
+
+    def __init__(self, cfg: CompressionConfig, unit: Unit) -> None:
+        self.unit = unit
+        self.variables: list[tf.Variable] = []
+
+    @abstractmethod
+    def exchange(self, values: tf.Tensor, step: tf.Tensor) -> Exchanged:
+        """Sums this rank's values (n,) over the ranks of unit.channel; steps count from 0."""
+
+    def state(self) -> dict[str, list[tf.Tensor]]:
+        """What a checkpoint holds, by name: a tensor for each gradient of the unit."""
+        return {}
+
+    def load(self, state: dict[str, list[np.ndarray]]) -> None:
+        """Takes over what state() gave."""
+
+    def exchanged(self, summed: tf.Tensor, error: tf.Tensor, state: Sequence[tf.Tensor] = ()) -> Exchanged:
+        """The result, with what the channel has sent."""
+        num_bytes = tf.cast(self.unit.channel.num_bytes, tf.float64)
+        return Exchanged(tf.ensure_shape(summed, [None]), error, list(state), num_bytes)
+
+
+class Dense(Compressor):
+    """Sums values as they are."""
+
+    def exchange(self, values: tf.Tensor, step: tf.Tensor) -> Exchanged:
+        """One allreduce, of riders beyond the gradients, too; they are not counted."""
+        summed = self.unit.channel.allreduce(values)
+        num_bytes = allreduce_bytes(sum(self.unit.lengths) * values.dtype.size, self.unit.channel.size)
+        return Exchanged(summed, tf.zeros(()), [], tf.constant(num_bytes, tf.float64))
+
+
+class Codec(Compressor):
+    """A dense code that travels in two phases."""
+
+    @abstractmethod
+    def encode(self, pieces: tf.Tensor, random: Random) -> tf.Tensor:
+        """The codes (K, bytes) uint8 of K pieces (K, P) float32."""
+
+    @abstractmethod
+    def decode(self, codes: tf.Tensor, size: int) -> tf.Tensor:
+        """The pieces (K, P) that codes (K, bytes) stand for, P = size."""
+
+    def exchange(self, values: tf.Tensor, step: tf.Tensor) -> Exchanged:
+        """See common/compression.py, two_phases()."""
+        channel = self.unit.channel
+        num_values, me = values.shape[0], channel.rank
+        size = piece_size(num_values, channel.size)
+        pieces = tf.reshape(padded(values, channel.size * size), (channel.size, size))
+        random = self.unit.random(step, me + 1)
+        codes = self.encode(pieces, random)
+        rows = tf.unstack(self.decode(channel.alltoall(codes), size))
+        rows[me] = pieces[me]
+        total = tf.cumsum(tf.stack(rows))[-1]  # rank after rank; TensorFlow reorders other forms of the sum
+        code = self.encode(total[None], random)
+        errors = tf.unstack(pieces - self.decode(codes, size))
+        errors[me] = total - self.decode(code, size)[0]
+        gathered = tf.ensure_shape(channel.allgather(code), codes.shape)
+        summed = self.decode(gathered, size)
+        return self.exchanged(tf.reshape(summed, [-1])[:num_values], tf.concat(errors, 0)[:num_values])
+
+
+class ScaledCodec(Codec):
+    """Integers of a few bits with a float32 scale for each CHUNK of values; see common/compression.py."""
+
+    bits: int
+
+    @abstractmethod
+    def quantize(self, chunks: tf.Tensor, sizes: np.ndarray, random: Random) -> tuple[tf.Tensor, tf.Tensor]:
+        """Scales (K, C) and integers (K, C, CHUNK) of chunks (K, C, CHUNK), zero beyond their sizes (C,) float64."""
+
+    @abstractmethod
+    def dequantize(self, scales: tf.Tensor, integers: tf.Tensor) -> tf.Tensor:
+        """Values (K, C, CHUNK) for scales (K, C, 1) and integers (K, C, CHUNK) int64."""
+
+    def encode(self, pieces: tf.Tensor, random: Random) -> tf.Tensor:
+        """Scales, then packed integers."""
+        num_pieces, size = pieces.shape
+        sizes = chunk_sizes(size)
+        chunks = tf.reshape(padded(pieces, len(sizes) * CHUNK), (num_pieces, len(sizes), CHUNK))
+        scales, integers = self.quantize(chunks, sizes, random)
+        return tf.concat([as_bytes(scales), pack(tf.reshape(integers, (num_pieces, -1))[:, :size], self.bits)], 1)
+
+    def decode(self, codes: tf.Tensor, size: int) -> tf.Tensor:
+        """The values that the scales and integers stand for."""
+        num_chunks = math.ceil(size / CHUNK)
+        scales, packed = codes[:, : 4 * num_chunks], codes[:, 4 * num_chunks :]
+        integers = padded(unpack(packed, self.bits), num_chunks * CHUNK)
+        shape = (codes.shape[0], num_chunks, CHUNK)
+        values = self.dequantize(from_bytes(scales, tf.float32)[..., None], tf.reshape(integers, shape))
+        return tf.reshape(values, (codes.shape[0], -1))[:, :size]
+
+
+class Sparse(Compressor):
+    """Some of the values, with their places, by allgather."""
+
+    def __init__(self, cfg: SparseConfig, unit: Unit) -> None:
+        super().__init__(cfg, unit)
+        self.dtype = wire_dtype(cfg.values)
+
+    @abstractmethod
+    def choose(self, values: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
+        """(k,) int32 places of the values (n,) to send, k the same on all ranks."""
+
+    def exchange(self, values: tf.Tensor, step: tf.Tensor) -> Exchanged:
+        """Sends int32 places and values."""
+        places = self.choose(values, step)
+        sent = tf.cast(tf.gather(values, places), self.dtype)
+        message = tf.concat([as_bytes(places[None]), as_bytes(sent[None])], 1)
+        received = self.unit.channel.allgather(message)
+        summed = tf.zeros_like(values)
+        for rank in range(self.unit.channel.size):
+            theirs = from_bytes(received[rank : rank + 1, : 4 * tf.size(places)], tf.int32)[0]
+            added = from_bytes(received[rank : rank + 1, 4 * tf.size(places) :], self.dtype)[0]
+            summed = scatter_add(summed, theirs, tf.cast(added, tf.float32))
+        return self.exchanged(summed, scatter_add(values, places, -tf.cast(sent, tf.float32)))
+
+
+class Adasum(Compressor):
+    """The ranks' gradients by adaptive summation, in two phases; the dot products of a round are one small allreduce."""
+
+    def exchange(self, values: tf.Tensor, step: tf.Tensor) -> Exchanged:
+        """See common/compression.py, adasum(); values are a rank's own mean gradient."""
+        channel = self.unit.channel
+        num_values = values.shape[0]
+        size = piece_size(num_values, channel.size)
+        # Which gradient each value belongs to; what is beyond the end is a gradient of its own.
+        lengths = [*self.unit.lengths, channel.size * size - num_values]
+        gradient = np.repeat(np.arange(len(lengths)), lengths).reshape(channel.size, size)[channel.rank]
+        level = tf.unstack(channel.alltoall(tf.reshape(padded(values, channel.size * size), (channel.size, size))))
+        while len(level) > 1:
+            pairs = [level[first : first + 2] for first in range(0, len(level) - 1, 2)]
+            doubles = [[tf.cast(row, tf.float64) for row in pair] for pair in pairs]
+            products = tf.stack([x * y for a, b in doubles for x, y in ((a, b), (a, a), (b, b))], axis=1)
+            sums = channel.allreduce(tf.math.unsorted_segment_sum(products, gradient, len(lengths)))
+            combined = []
+            for (a, b), of_pair in zip(pairs, tf.split(tf.transpose(sums), len(pairs)), strict=True):
+                dot, a_squares, b_squares = tf.unstack(of_pair)
+                first, second = (1 - tf.math.divide_no_nan(dot, 2 * squares) for squares in (a_squares, b_squares))
+                first, second = (tf.gather(tf.cast(weights, values.dtype), gradient) for weights in (first, second))
+                combined.append(first * a + second * b)
+            level = combined + level[2 * len(pairs) :]
+        summed = tf.ensure_shape(channel.allgather(level[0]), [channel.size * size])
+        return self.exchanged(summed[:num_values], tf.zeros(()))
+
+
+class ErrorFeedback(Compressor):
+    """Adds to each step's values what the ones before have lost of them."""
+
+    def __init__(self, inner: Compressor) -> None:
+        super().__init__(CompressionConfig("error_feedback"), inner.unit)
+        self._inner = inner
+        self.residual = inner.unit.new_variable()
+        self.variables = [self.residual, *inner.variables]
+
+    def exchange(self, values: tf.Tensor, step: tf.Tensor) -> Exchanged:
+        """Exchanges the corrected values."""
+        result = self._inner.exchange(values + self.residual, step)
+        return result._replace(state=[result.error, *result.state])
+
+    def state(self) -> dict[str, list[tf.Tensor]]:
+        """The residual."""
+        return {"residual": self.unit.split(self.residual), **self._inner.state()}
+
+    def load(self, state: dict[str, list[np.ndarray]]) -> None:
+        """Takes it over."""
+        assign_flat(self.residual, state["residual"])
+        self._inner.load(state)
+
+
+class TwoLevel(Compressor):
+    """Sums within a host as they are; the first ranks of the hosts exchange compressed sums."""
+
+    def __init__(self, inner: Compressor, host: Channel, is_first: bool) -> None:
+        super().__init__(CompressionConfig("two_level"), inner.unit)
+        self._inner, self._host, self._is_first = inner, host, is_first
+        self.variables, self.state, self.load = inner.variables, inner.state, inner.load  # type: ignore[method-assign]
+
+    def exchange(self, values: tf.Tensor, step: tf.Tensor) -> Exchanged:
+        """Allreduce in the host, the inner exchange, broadcast in the host."""
+        self._host.begin()
+        zero = tf.zeros((), tf.float64)
+        of_host = self._host.allreduce(values)
+        result = Exchanged(of_host, tf.zeros(()), [variable.value() for variable in self.variables], zero)
+        if self._is_first:
+            result = self._inner.exchange(of_host, step)
+        summed = self._host.broadcast(tf.ensure_shape(result.summed, values.shape))
+        return result._replace(summed=summed, num_bytes=result.num_bytes + tf.cast(self._host.num_bytes, tf.float64))
+
+
+def build(cfg: LossyConfig, unit: Unit, topology: Topology) -> Compressor:
+    """The method of the configuration with what is wrapped around it."""
+    compressor: Compressor = importlib.import_module(f"common.tf.compressors.{cfg.name}").Compressor(cfg, unit)
+    if cfg.error_feedback and not isinstance(cfg, DGCConfig):  # which has its own residual
+        compressor = ErrorFeedback(compressor)
+    if cfg.two_level:
+        host = Channel(f"gradients.{unit.number}.host", runtime.process_set(topology.ranks_of_host))
+        compressor = TwoLevel(compressor, host, topology.local_rank == 0)
+    return compressor
+
+
+def pack(integers: tf.Tensor, bits: int) -> tf.Tensor:
+    """(K, P) integers below 2 ** bits -> (K, P * bits / 8) uint8; see common/compression.py."""
+    num_rows, size = integers.shape
+    eighths = tf.cast(tf.reshape(integers, (num_rows, GROUP, size // GROUP)), tf.int64)
+    shifts = bits * tf.range(GROUP, dtype=tf.int64)[:, None]
+    words = tf.reduce_sum(tf.bitwise.left_shift(eighths, shifts), axis=1)
+    return tf.reshape(tf.bitcast(words, tf.uint8)[..., :bits], (num_rows, size // GROUP * bits))
+
+
+def unpack(packed: tf.Tensor, bits: int) -> tf.Tensor:
+    """The integers that pack() was given, int64."""
+    num_rows, size = packed.shape
+    words = tf.bitcast(padded(tf.reshape(packed, (num_rows, size // bits, bits)), GROUP), tf.int64)
+    shifts = bits * tf.range(GROUP, dtype=tf.int64)[:, None]
+    eighths = tf.bitwise.bitwise_and(tf.bitwise.right_shift(words[:, None], shifts), 2**bits - 1)
+    return tf.reshape(eighths, (num_rows, size // bits * GROUP))
+
+
+def as_bytes(rows: tf.Tensor) -> tf.Tensor:
+    """(K, n) of any dtype -> (K, bytes) uint8."""
+    size = None if rows.shape[1] is None else rows.shape[1] * rows.dtype.size
+    return tf.ensure_shape(tf.reshape(tf.bitcast(rows, tf.uint8), (rows.shape[0], -1)), (rows.shape[0], size))
+
+
+def from_bytes(rows: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """(K, bytes) uint8 -> (K, n) of the dtype."""
+    return tf.bitcast(tf.reshape(rows, (tf.shape(rows)[0], -1, dtype.size)), dtype)
+
+
+def scatter_add(values: tf.Tensor, places: tf.Tensor, added: tf.Tensor) -> tf.Tensor:
+    """The values (n,) with something added at places (k,)."""
+    return tf.tensor_scatter_nd_add(values, places[:, None], added)
+
+
+def wire_dtype(values: WireValues) -> tf.DType:
+    """The dtype of values on the wire."""
+    return tf.float16 if values is WireValues.fp16 else tf.float32
+
+
+def assign_flat(variable: tf.Variable, parts: Sequence[np.ndarray]) -> None:
+    """Assigns parts, one after another, to a variable (n,)."""
+    variable.assign(np.concatenate([part.reshape(-1) for part in parts]))
+
+
+def padded(values: tf.Tensor, size: int) -> tf.Tensor:
+    """The last dimension filled up with zeros to a size."""
+    return tf.pad(values, [*[[0, 0]] * (len(values.shape) - 1), [0, size - values.shape[-1]]])
+
+
+def where_positive(scales: tf.Tensor) -> tf.Tensor:
+    """The scales to divide by: 1 where all values are 0."""
+    return tf.where(scales > 0, scales, 1.0)

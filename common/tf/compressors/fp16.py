@@ -1,0 +1,17 @@
+"""IEEE half precision on the wire."""
+
+from common.tf.compression import Codec, Random, as_bytes, from_bytes
+
+import tensorflow as tf
+
+
+class Compressor(Codec):
+    """Rounds to half precision; common/compression.py, Float16."""
+
+    def encode(self, pieces: tf.Tensor, random: Random) -> tf.Tensor:
+        """Two bytes a value."""
+        return as_bytes(tf.cast(pieces, tf.float16))
+
+    def decode(self, codes: tf.Tensor, size: int) -> tf.Tensor:
+        """Exact."""
+        return tf.cast(from_bytes(codes, tf.float16), tf.float32)

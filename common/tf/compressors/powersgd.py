@@ -1,0 +1,47 @@
+"""Two factors of few columns for each matrix."""
+
+from common.compression import matrix_shape
+from common.config import PowerSGDConfig
+from common.tf.compression import Compressor as Base
+from common.tf.compression import Exchanged, Unit, wire_dtype
+
+import numpy as np
+import tensorflow as tf
+
+
+class Compressor(Base):
+    """One step of power iteration from the last step's factor; common/compression.py, power_sgd()."""
+
+    def __init__(self, cfg: PowerSGDConfig, unit: Unit) -> None:
+        super().__init__(cfg, unit)
+        self._dtype = wire_dtype(cfg.values)
+        random = np.random.default_rng((unit.seed, unit.number))
+        columns = [matrix_shape(shape)[1] for shape in unit.shapes]
+        self.variables = [
+            tf.Variable(random.standard_normal((n, cfg.rank)).astype(np.float32), trainable=False) for n in columns
+        ]
+
+    def exchange(self, values: tf.Tensor, step: tf.Tensor) -> Exchanged:
+        """Two allreduces: of the products with the factors, then of the new factors."""
+        matrices = [tf.reshape(part, matrix_shape(part.shape)) for part in self.unit.split(values)]
+        products = self._sum([m @ q for m, q in zip(matrices, self.variables, strict=True)])
+        bases = [tf.linalg.qr(product).q for product in products]
+        factors = self._sum([tf.transpose(m) @ p for m, p in zip(matrices, bases, strict=True)])
+        summed = tf.concat([tf.reshape(p @ tf.transpose(q), [-1]) for p, q in zip(bases, factors, strict=True)], 0)
+        return self.exchanged(summed, values - summed / self.unit.channel.size, factors)
+
+    def _sum(self, tensors: list[tf.Tensor]) -> list[tf.Tensor]:
+        """The sums of all tensors over the ranks, by one message."""
+        flat = tf.cast(tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0), self._dtype)
+        received = tf.cast(self.unit.channel.allreduce(flat), tf.float32)
+        parts = tf.split(received, [tensor.shape.num_elements() for tensor in tensors])
+        return [tf.reshape(part, tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+    def state(self) -> dict[str, list[tf.Tensor]]:
+        """The factors."""
+        return {"factor": [variable.value() for variable in self.variables]}
+
+    def load(self, state: dict[str, list[np.ndarray]]) -> None:
+        """Takes them over."""
+        for variable, array in zip(self.variables, state["factor"], strict=True):
+            variable.assign(array)

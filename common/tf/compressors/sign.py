@@ -1,0 +1,21 @@
+"""One bit a value."""
+
+from common.tf.compression import Random, ScaledCodec
+
+import numpy as np
+import tensorflow as tf
+
+
+class Compressor(ScaledCodec):
+    """Plus or minus the chunk's mean magnitude; common/compression.py, Sign."""
+
+    bits = 1
+
+    def quantize(self, chunks: tf.Tensor, sizes: np.ndarray, random: Random) -> tuple[tf.Tensor, tf.Tensor]:
+        """The scale is the mean magnitude."""
+        scales = tf.reduce_sum(tf.cast(tf.abs(chunks), tf.float64), axis=-1) / sizes
+        return tf.cast(scales, tf.float32), chunks >= 0
+
+    def dequantize(self, scales: tf.Tensor, integers: tf.Tensor) -> tf.Tensor:
+        """The scale with its sign."""
+        return tf.where(integers > 0, scales, -scales)

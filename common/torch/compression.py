@@ -1,0 +1,385 @@
+"""Gradient compressors as PyTorch runs them: the ways of travelling, and what wraps any method.
+
+A method is the class Compressor of common/torch/compressors/<method>.py; common/compression.py has the rules.
+"""
+
+import importlib
+import math
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common.buckets import allreduce_bytes
+from common.compression import CHUNK, GROUP, adasum_weights, piece_size
+from common.config import CompressionConfig, DGCConfig, LossyConfig, SparseConfig, WireValues
+from common.topology import Topology
+from common.torch import runtime
+
+import horovod.torch as hvd
+import numpy as np
+import torch
+from torch import Tensor
+
+Exchange = Generator[int, Tensor, tuple[Tensor, Tensor]]
+"""Yields Horovod's handles and is sent their results; returns the sum over the ranks and this rank's error, (n,)."""
+
+
+class Channel:
+    """The messages of one bucket to the other ranks of a process set.
+
+    Attributes:
+        rank: this rank's number in the set.
+        size: number of ranks in the set.
+        num_bytes: what this rank has sent in the last exchange, by the formulas of docs/compression.md.
+    """
+
+    def __init__(self, name: str, process_set: hvd.ProcessSet) -> None:
+        self._name, self._process_set = name, process_set
+        self.rank, self.size = process_set.rank(), process_set.size()
+        self.begin()
+
+    def begin(self) -> None:
+        """Starts a new exchange."""
+        self.num_bytes = self._num_messages = 0
+
+    def allreduce(self, values: Tensor) -> int:
+        """Sums (...) of float16, float32 or float64 in place."""
+        return hvd.allreduce_async_(values, op=hvd.Sum, **self._sent(allreduce_bytes(values.nbytes, self.size)))
+
+    def alltoall(self, rows: Tensor) -> int:
+        """Row r of (ranks, ...) goes to rank r; the result's row r comes from it."""
+        return hvd.alltoall_async(rows, **self._sent(rows.nbytes // self.size * (self.size - 1)))
+
+    def allgather(self, values: Tensor) -> int:
+        """The values (k, ...) of all ranks, one after another."""
+        return hvd.allgather_async(values, **self._sent(values.nbytes * (self.size - 1)))
+
+    def broadcast(self, values: Tensor) -> int:
+        """Gives all the values of the set's first rank, in place; counted as the first of a binary tree sends them."""
+        num_bytes = values.nbytes * math.ceil(math.log2(self.size)) if self.rank == 0 else 0
+        return hvd.broadcast_async_(values, self._process_set.ranks[0], **self._sent(num_bytes))
+
+    def _sent(self, num_bytes: int) -> dict[str, Any]:
+        """Counts a message; each of an exchange has its own name, so that Horovod knows it again in the next step."""
+        self.num_bytes += num_bytes
+        self._num_messages += 1
+        return {"name": f"{self._name}.{self._num_messages}", "process_set": self._process_set}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is compressed as one vector.
+
+    Attributes:
+        number: of the unit in the model.
+        shapes: of the gradients that lie in it, one after another.
+        channel: to the ranks that compressed values are exchanged with.
+        seed: of random numbers.
+        device: where the gradients are.
+    """
+
+    number: int
+    shapes: Sequence[tuple[int, ...]]
+    channel: Channel
+    seed: int
+    device: torch.device
+
+    @property
+    def lengths(self) -> list[int]:
+        """Number of values of each gradient."""
+        return [math.prod(shape) for shape in self.shapes]
+
+    def random(self, step: int, rank: int = 0) -> torch.Generator:
+        """Random numbers of a step: those of a rank, or the same ones on all ranks."""
+        state = np.random.SeedSequence((self.seed, self.number, step, rank)).generate_state(1)[0]
+        return torch.Generator(self.device).manual_seed(int(state))
+
+    def new_zeros(self) -> Tensor:
+        """(n,) float32."""
+        return torch.zeros(sum(self.lengths), device=self.device)
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """The parts of (n,), or of its first gradients, as the gradients are shaped."""
+        return [part.view(shape) for part, shape in zip(values.split(self.lengths), self.shapes, strict=True)]
+
+
+class Compressor(ABC):
+    """A way to sum a unit's gradients over the ranks."""
+
+    def __init__(self, cfg: CompressionConfig, unit: Unit) -> None:
+        self.unit = unit
+
+    @abstractmethod
+    def exchange(self, values: Tensor, step: int) -> Exchange:
+        """Sums this rank's values (n,), which it may overwrite, over the ranks of unit.channel; steps count from 0."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What this rank has sent in the last exchange."""
+        return self.unit.channel.num_bytes
+
+    def commit(self) -> None:
+        """Makes what the last exchange has left for the next one the state; not called when its step is skipped."""
+
+    def state(self) -> dict[str, list[Tensor]]:
+        """What a checkpoint holds, by name: a tensor for each gradient of the unit."""
+        return {}
+
+
+class Dense(Compressor):
+    """Sums values as they are."""
+
+    def exchange(self, values: Tensor, step: int) -> Exchange:
+        """One allreduce, of riders beyond the gradients, too; they are not counted."""
+        handle = self.unit.channel.allreduce(values)
+        self.unit.channel.num_bytes = allreduce_bytes(sum(self.unit.lengths) * values.element_size(), self.unit.channel.size)
+        summed = yield handle
+        return summed, torch.zeros(())
+
+
+class Codec(Compressor):
+    """A dense code that travels in two phases."""
+
+    @abstractmethod
+    def encode(self, pieces: Tensor, random: torch.Generator) -> Tensor:
+        """The codes (K, bytes) uint8 of K pieces (K, P) float32."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor, size: int) -> Tensor:
+        """The pieces (K, P) that codes (K, bytes) stand for, P = size."""
+
+    def exchange(self, values: Tensor, step: int) -> Exchange:
+        """See common/compression.py, two_phases()."""
+        channel = self.unit.channel
+        size, me = piece_size(len(values), channel.size), channel.rank
+        pieces = _padded(values, channel.size * size).view(channel.size, size)
+        random = self.unit.random(step, me + 1)
+        codes = self.encode(pieces, random)
+        errors = pieces - self.decode(codes, size)
+        received = self.decode((yield channel.alltoall(codes)), size)
+        received[me] = pieces[me]
+        total = received[0].clone()
+        for row in received[1:]:
+            total += row
+        code = self.encode(total[None], random)
+        errors[me] = total - self.decode(code, size)[0]
+        summed = self.decode((yield channel.allgather(code)), size)
+        return summed.flatten()[: len(values)], errors.flatten()[: len(values)]
+
+
+class ScaledCodec(Codec):
+    """Integers of a few bits with a float32 scale for each CHUNK of values; see common/compression.py."""
+
+    bits: int
+
+    @abstractmethod
+    def quantize(self, chunks: Tensor, sizes: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Scales (K, C) and integers (K, C, CHUNK) of chunks (K, C, CHUNK), zero beyond their sizes (C,) float64."""
+
+    @abstractmethod
+    def dequantize(self, scales: Tensor, integers: Tensor) -> Tensor:
+        """Values (K, C, CHUNK) for scales (K, C, 1) and integers (K, C, CHUNK)."""
+
+    def encode(self, pieces: Tensor, random: torch.Generator) -> Tensor:
+        """Scales, then packed integers."""
+        size = pieces.shape[1]
+        starts = torch.arange(0, size, CHUNK, device=pieces.device)
+        sizes = (size - starts).clamp(max=CHUNK).double()
+        chunks = _padded(pieces, len(starts) * CHUNK).view(len(pieces), len(starts), CHUNK)
+        scales, integers = self.quantize(chunks, sizes, random)
+        return torch.cat([as_bytes(scales), pack(integers.flatten(1)[:, :size], self.bits)], 1)
+
+    def decode(self, codes: Tensor, size: int) -> Tensor:
+        """The values that the scales and integers stand for."""
+        num_chunks = math.ceil(size / CHUNK)
+        scales, packed = codes.split([4 * num_chunks, codes.shape[1] - 4 * num_chunks], 1)
+        integers = _padded(unpack(packed, self.bits), num_chunks * CHUNK).view(len(codes), num_chunks, CHUNK)
+        values = self.dequantize(from_bytes(scales, torch.float32)[..., None], integers)
+        return values.flatten(1)[:, :size]
+
+
+class Sparse(Compressor):
+    """Some of the values, with their places, by allgather."""
+
+    def __init__(self, cfg: SparseConfig, unit: Unit) -> None:
+        super().__init__(cfg, unit)
+        self.dtype = wire_dtype(cfg.values)
+
+    @abstractmethod
+    def choose(self, values: Tensor, step: int) -> Tensor:
+        """(k,) int64 places of the values (n,) to send, k the same on all ranks."""
+
+    def exchange(self, values: Tensor, step: int) -> Exchange:
+        """Sends int32 places and values."""
+        places = self.choose(values, step)
+        sent = values[places].to(self.dtype)
+        message = torch.cat([places.to(torch.int32).view(torch.uint8), sent.view(torch.uint8)])
+        received = (yield self.unit.channel.allgather(message)).view(self.unit.channel.size, -1)
+        summed = torch.zeros_like(values)
+        for row in received:
+            theirs = from_bytes(row[: 4 * len(places)], torch.int32)
+            added = from_bytes(row[4 * len(places) :], self.dtype)
+            summed.index_add_(0, theirs, added.float())
+        values.index_add_(0, places, -sent.float())
+        return summed, values
+
+
+class Adasum(Compressor):
+    """The ranks' gradients by adaptive summation, in two phases; the dot products of a round are one small allreduce."""
+
+    def exchange(self, values: Tensor, step: int) -> Exchange:
+        """See common/compression.py, adasum(); values are a rank's own mean gradient."""
+        channel = self.unit.channel
+        size = piece_size(len(values), channel.size)
+        # Which gradient each value belongs to; what is beyond the end is a gradient of its own.
+        lengths = torch.tensor([*self.unit.lengths, channel.size * size - len(values)], device=values.device)
+        gradient = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)
+        gradient = gradient.view(channel.size, size)[channel.rank]
+        rows = yield channel.alltoall(_padded(values, channel.size * size).view(channel.size, size))
+        level = list(rows)
+        while len(level) > 1:
+            pairs = [level[first : first + 2] for first in range(0, len(level) - 1, 2)]
+            products = torch.stack([x.double() * y for a, b in pairs for x, y in ((a, b), (a, a), (b, b))])
+            sums = products.new_zeros(len(products), len(lengths)).index_add_(1, gradient, products)
+            sums = yield channel.allreduce(sums)
+            weights = [
+                [adasum_weights(*of_gradient) for of_gradient in of_pair]
+                for of_pair in sums.view(len(pairs), 3, -1).transpose(1, 2).tolist()
+            ]
+            factors = values.new_tensor(weights)[:, gradient]  # (pairs, size, 2)
+            combined = [
+                factor[:, 0] * a + factor[:, 1] * b for (a, b), factor in zip(pairs, factors, strict=True)
+            ]
+            level = combined + level[2 * len(pairs) :]
+        summed = yield channel.allgather(level[0])
+        return summed[: len(values)], torch.zeros(())
+
+
+class ErrorFeedback(Compressor):
+    """Adds to each step's values what the ones before have lost of them."""
+
+    def __init__(self, inner: Compressor) -> None:
+        super().__init__(CompressionConfig("error_feedback"), inner.unit)
+        self._inner = inner
+        self.residual = self._next = inner.unit.new_zeros()
+
+    def exchange(self, values: Tensor, step: int) -> Exchange:
+        """Exchanges the corrected values."""
+        summed, self._next = yield from self._inner.exchange(values + self.residual, step)
+        return summed, self._next
+
+    def commit(self) -> None:
+        """Keeps the new residual."""
+        self.residual.copy_(self._next)
+        self._inner.commit()
+
+    def state(self) -> dict[str, list[Tensor]]:
+        """The residual."""
+        return {"residual": self.unit.split(self.residual), **self._inner.state()}
+
+
+class TwoLevel(Compressor):
+    """Sums within a host as they are; the first ranks of the hosts exchange compressed sums."""
+
+    def __init__(self, inner: Compressor, host: Channel, is_first: bool) -> None:
+        super().__init__(CompressionConfig("two_level"), inner.unit)
+        self._inner, self._host, self._is_first = inner, host, is_first
+
+    def exchange(self, values: Tensor, step: int) -> Exchange:
+        """Allreduce in the host, the inner exchange, broadcast in the host."""
+        self._host.begin()
+        summed, error = (yield self._host.allreduce(values)), torch.zeros(())
+        if self._is_first:
+            summed, error = yield from self._inner.exchange(summed, step)
+        summed = yield self._host.broadcast(summed.contiguous())
+        return summed, error
+
+    @property
+    def num_bytes(self) -> int:
+        """Within the host and between hosts."""
+        return super().num_bytes + self._host.num_bytes
+
+    def commit(self) -> None:
+        """The inner one's, where it took part."""
+        if self._is_first:
+            self._inner.commit()
+
+    def state(self) -> dict[str, list[Tensor]]:
+        """The inner one's; zeros where it takes no part."""
+        return self._inner.state()
+
+
+def build(cfg: LossyConfig, unit: Unit, topology: Topology) -> Compressor:
+    """The method of the configuration with what is wrapped around it."""
+    compressor: Compressor = importlib.import_module(f"common.torch.compressors.{cfg.name}").Compressor(cfg, unit)
+    if cfg.error_feedback and not isinstance(cfg, DGCConfig):  # which has its own residual
+        compressor = ErrorFeedback(compressor)
+    if cfg.two_level:
+        host = Channel(f"gradients.{unit.number}.host", runtime.process_set(topology.ranks_of_host))
+        compressor = TwoLevel(compressor, host, topology.local_rank == 0)
+    return compressor
+
+
+class Exchanges:
+    """Exchanges under way, each started with a handle to wait for; their messages overlap."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[int, Exchange, int]] = deque()
+
+    def start(self, number: int, exchange: Exchange) -> None:
+        """Sends the first message of an exchange."""
+        self._waiting.append((number, exchange, next(exchange)))
+
+    def finish(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """The results of all exchanges by their numbers."""
+        results = {}
+        while self._waiting:
+            number, exchange, handle = self._waiting.popleft()
+            result = hvd.synchronize(handle)
+            received = result[0] if isinstance(result, tuple) else result  # alltoall's comes with its splits
+            try:
+                self._waiting.append((number, exchange, exchange.send(received)))
+            except StopIteration as stop:
+                results[number] = stop.value
+        return results
+
+
+def pack(integers: Tensor, bits: int) -> Tensor:
+    """(K, P) integers below 2 ** bits -> (K, P * bits / 8) uint8; see common/compression.py."""
+    shifts = bits * torch.arange(GROUP, device=integers.device)[:, None]
+    words = (integers.reshape(len(integers), GROUP, -1).long() << shifts).sum(1)
+    return as_bytes(words).view(len(words), -1, GROUP)[..., :bits].flatten(1)
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The integers that pack() was given, int64."""
+    words = from_bytes(_padded(packed.reshape(len(packed), -1, bits), GROUP).flatten(1), torch.int64)
+    shifts = bits * torch.arange(GROUP, device=packed.device)[:, None]
+    return (words[:, None] >> shifts & (2**bits - 1)).flatten(1)
+
+
+def as_bytes(rows: Tensor) -> Tensor:
+    """(K, n) of any dtype -> (K, bytes) uint8, without a copy."""
+    return rows.contiguous().view(torch.uint8)
+
+
+def from_bytes(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """(..., bytes) uint8 -> (..., n) of the dtype."""
+    return rows.clone(memory_format=torch.contiguous_format).view(dtype)
+
+
+def wire_dtype(values: WireValues) -> torch.dtype:
+    """The dtype of values on the wire."""
+    return torch.float16 if values is WireValues.fp16 else torch.float32
+
+
+def _padded(values: Tensor, size: int) -> Tensor:
+    """The last dimension filled up with zeros to a size."""
+    return torch.nn.functional.pad(values, (0, size - values.shape[-1]))
+
+
+def where_positive(scales: Tensor) -> Tensor:
+    """The scales to divide by: 1 where all values are 0."""
+    return torch.where(scales > 0, scales, 1.0)

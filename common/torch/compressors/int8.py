@@ -1,0 +1,21 @@
+"""Eight bits a value."""
+
+from common.torch.compression import ScaledCodec, where_positive
+
+import torch
+from torch import Tensor
+
+
+class Compressor(ScaledCodec):
+    """Rounds to the nearest of 255 steps; common/compression.py, Int8."""
+
+    bits = 8
+
+    def quantize(self, chunks: Tensor, sizes: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The scale is one step."""
+        scales = chunks.abs().amax(-1) * (1 / 127)
+        return scales, torch.round(chunks / where_positive(scales)[..., None]) + 127
+
+    def dequantize(self, scales: Tensor, integers: Tensor) -> Tensor:
+        """Steps times the scale."""
+        return (integers - 127) * scales

@@ -1,0 +1,21 @@
+"""One bit a value."""
+
+from common.torch.compression import ScaledCodec
+
+import torch
+from torch import Tensor
+
+
+class Compressor(ScaledCodec):
+    """Plus or minus the chunk's mean magnitude; common/compression.py, Sign."""
+
+    bits = 1
+
+    def quantize(self, chunks: Tensor, sizes: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The scale is the mean magnitude."""
+        scales = chunks.abs().sum(-1, dtype=torch.float64) / sizes
+        return scales.float(), chunks >= 0
+
+    def dequantize(self, scales: Tensor, integers: Tensor) -> Tensor:
+        """The scale with its sign."""
+        return torch.where(integers > 0, scales, -scales)

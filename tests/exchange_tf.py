@@ -1,0 +1,62 @@
+"""tests/test_compression.py's exchange of gradients in TensorFlow."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from common.step_sums import StepSums
+from common.tf.checkpoint import State
+from common.tf.gradients import Gradients
+from common.topology import Topology
+
+import numpy as np
+
+import keras  # isort: skip
+import tensorflow as tf  # isort: skip
+
+
+class Weights(keras.Layer):
+    """Weights that have nothing but shapes."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        super().__init__()
+        for number, shape in enumerate(shapes):
+            self.add_weight(shape=shape, initializer="zeros", name=f"w{number}")
+
+
+class Exchange:
+    """The gradients of weights that have nothing but shapes."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], topology: Topology, **options: Any) -> None:
+        self.model = keras.Sequential([Weights(shapes)])
+        self.topology = topology
+        self.gradients = Gradients(shapes, topology, **options)
+        optimizer = keras.optimizers.SGD()
+        optimizer.build(self.model.trainable_variables)
+        self.kept = State(self.model, optimizer, self.gradients)
+        self._step = tf.function(self._exchange)
+
+    def _exchange(self, gradients: list[tf.Tensor]) -> tuple[StepSums, list[tf.Tensor]]:
+        scaled = [gradient * self.gradients.loss_scale for gradient in gradients]
+        zero, share = tf.zeros(()), tf.constant(1 / self.topology.num_replicas)
+        return self.gradients.exchange(scaled, zero, tf.constant(False), share)
+
+    def step(self, arrays: Sequence[np.ndarray]) -> tuple[StepSums, list[np.ndarray]]:
+        """Exchanges this rank's gradients."""
+        sums, gradients = self._step([tf.constant(array) for array in arrays])
+        return sums, [gradient.numpy() for gradient in gradients]
+
+    def state(self) -> dict[str, list[np.ndarray]]:
+        """This rank's compressor state, a list over the weights."""
+        return {name: [tensors[i].numpy() for i in sorted(tensors)] for name, tensors in self.gradients.state().items()}
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Takes over what a checkpoint has of the gradients, as rank 0 reads it."""
+        if self.topology.rank == 0:
+            self.kept.load(self.kept.weights(), {}, arrays)
+        self.kept.broadcast()
+
+    def coded(self, rows: np.ndarray) -> np.ndarray:
+        """Rows (K, P), each encoded and decoded by the dense code of the first weight."""
+        compressor: Any = self.gradients._compressors[0]
+        codes = compressor.encode(tf.constant(rows), compressor.unit.random(tf.constant(0)))
+        return compressor.decode(codes, rows.shape[1]).numpy()

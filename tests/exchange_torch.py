@@ -1,0 +1,51 @@
+"""tests/test_compression.py's exchange of gradients in PyTorch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from common.step_sums import StepSums
+from common.topology import Topology
+from common.torch.checkpoint import State
+from common.torch.gradients import Gradients
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class Exchange:
+    """The gradients of weights that have nothing but shapes."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], topology: Topology, **options: Any) -> None:
+        self.model = nn.ParameterList(torch.zeros(shape) for shape in shapes)
+        self.topology = topology
+        self.gradients = Gradients(self.model.parameters(), topology, **options)
+        self.kept = State(self.model, torch.optim.SGD(self.model.parameters()), self.gradients)
+
+    def step(self, arrays: Sequence[np.ndarray]) -> tuple[StepSums, list[np.ndarray]]:
+        """Exchanges this rank's gradients."""
+        self.gradients.zero()
+        self.gradients.exchange_in_next_backward(share=1 / self.topology.num_replicas)
+        scale = self.gradients.loss_scale.value
+        terms = [(w * torch.from_numpy(array)).sum() * scale for w, array in zip(self.model, arrays, strict=True)]
+        sum(terms).backward()
+        return self.gradients.wait(), [weight.grad.numpy().copy() for weight in self.model]
+
+    def state(self) -> dict[str, list[np.ndarray]]:
+        """This rank's compressor state, a list over the weights."""
+        return {
+            name: [tensors[i].numpy().copy() for i in sorted(tensors)] for name, tensors in self.gradients.state().items()
+        }
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Takes over what a checkpoint has of the gradients, as rank 0 reads it."""
+        if self.topology.rank == 0:
+            weights = {name: weight.detach().numpy() for name, weight in self.model.named_parameters()}
+            self.kept.load(weights, {}, arrays)
+        self.kept.broadcast()
+
+    def coded(self, rows: np.ndarray) -> np.ndarray:
+        """Rows (K, P), each encoded and decoded by the dense code of the first weight."""
+        compressor: Any = self.gradients._compressors[0]
+        codes = compressor.encode(torch.from_numpy(rows), compressor.unit.random(0))
+        return compressor.decode(codes, rows.shape[1]).numpy()
