@@ -1,0 +1,131 @@
+"""What each compressor does to the result of training, with and without error feedback.
+
+    python -m benchmarks.compression_quality                                   # all, both tasks, three seeds
+    python -m benchmarks.compression_quality --tasks mnist_cnn --sides none,sign,sign-plain --seeds 1
+    python -m benchmarks.compression_quality --overrides data=mnist data.root=FOLDER --tasks mnist_cnn
+
+Each side trains in turn in one job of 2 ranks, once per seed; the table has the mean over the seeds of the last test
+result, and how far it is from that of uncompressed gradients. `-plain` is without error feedback, `-feedback` with it,
+where that is not the method's default. benchmarks/results/compression_quality.json keeps what was measured.
+"""
+
+import argparse
+import importlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common.composition import compose
+
+RESULTS = Path(__file__).parent / "results" / "compression_quality.json"
+SEEDS = 3
+NUM_RANKS = 2
+TASKS = {"mnist_cnn": "test_accuracy", "transformer_lm": "test_perplexity"}
+STEPS = {"mnist_cnn": ("train.epochs=4",), "transformer_lm": ("train.max_steps=600",)}
+PLAIN, FEEDBACK = "compression.error_feedback=false", "compression.error_feedback=true"
+SIDES: dict[str, tuple[str, ...]] = {
+    **{method: (f"compression={method}",) for method in ("none", "fp16", "bf16", "int8", "qsgd", "terngrad")},
+    "qsgd-4-bit": ("compression=qsgd", "compression.bits=4"),
+    "terngrad-feedback": ("compression=terngrad", FEEDBACK),
+    **{method: (f"compression={method}",) for method in ("sign", "topk", "randomk", "powersgd", "dgc")},
+    **{f"{method}-plain": (f"compression={method}", PLAIN) for method in ("sign", "topk", "randomk", "powersgd")},
+    "adasum": ("op=adasum",),
+}
+# Deep gradient compression has a momentum of its own, in place of SGD's; beside Adam it has none.
+DGC = {
+    "mnist_cnn": ("optimizer.momentum=0", "train.clip_norm=0"),
+    "transformer_lm": ("compression.momentum=0",),
+}
+
+
+def overrides(task: str, side: str, seed: int) -> list[str]:
+    """What a side's run of a task sets."""
+    return [*STEPS[task], *SIDES[side], *(DGC[task] if side == "dgc" else ()), f"seed={seed}", "train.log_every=1000"]
+
+
+def on_rank(arguments: argparse.Namespace) -> None:
+    """Runs on each rank; rank 0 prints the results, task -> side -> one of each seed."""
+    runtime: Any = importlib.import_module(f"common.{arguments.framework}.runtime")
+    topology = runtime.init()
+    for task in arguments.tasks:
+        recipe: Any = importlib.import_module(f"recipes.{task}_{arguments.framework}")
+        for side in arguments.sides:
+            for seed in range(arguments.seeds):
+                folder = f"run.dir={arguments.on_rank}/{task}-{side}-{seed}"
+                summary = recipe.train(compose(task, [*overrides(task, side, seed), *arguments.overrides, folder]))
+                if topology.rank == 0:
+                    result = {"result": summary[TASKS[task]], "wire_bytes": summary["wire_bytes_per_step"]}
+                    print("measured", json.dumps([task, side, result]), flush=True)
+
+
+def main() -> None:
+    """Command line entry."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--framework", default="torch", choices=["torch", "tf"])
+    parser.add_argument("--tasks", type=lambda text: text.split(","), default=list(TASKS))
+    parser.add_argument("--sides", type=lambda text: text.split(","), default=list(SIDES))
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--on-rank", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    for given, known in ((arguments.tasks, TASKS), (arguments.sides, SIDES)):
+        if not set(given) <= set(known):
+            parser.error(f"choose from {','.join(known)}")
+    if arguments.on_rank:
+        on_rank(arguments)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        launch = ["horovodrun", "--gloo", "-np", str(NUM_RANKS), sys.executable, "-m", "benchmarks.compression_quality"]
+        command = [*launch, *sys.argv[1:], "--on-rank", folder]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
+            assert job.stdout is not None
+            output = [_echoed(line) for line in job.stdout]
+    if job.returncode:
+        sys.exit("".join(output))
+    measured = [json.loads(line.partition("measured ")[2]) for line in output if "measured " in line]
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for task in arguments.tasks:
+        for side in arguments.sides:
+            rows = [row for of_task, of_side, row in measured if (of_task, of_side) == (task, side)]
+            results.setdefault(arguments.framework, {}).setdefault(task, {})[side] = {
+                "results": [row["result"] for row in rows],
+                "wire_bytes_per_step": rows[0]["wire_bytes"],
+            }
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    print(table(results[arguments.framework]))
+
+
+def _echoed(line: str) -> str:
+    if "measured " in line:
+        print(line.partition("measured ")[2], end="", file=sys.stderr, flush=True)
+    return line
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: a row for each side; accuracy differs by points, perplexity by percent."""
+    tasks = [task for task in TASKS if task in results]
+    head = " | ".join(f"{task}, {TASKS[task]} | to none | bytes of a step" for task in tasks)
+    lines = [f"| side | {head} |", "| --- |" + " --- | --- | --- |" * len(tasks)]
+    for side in SIDES:
+        cells = [cell for task in tasks for cell in _cells(task, results[task], side)]
+        if any(cells):
+            lines.append(f"| {side} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cells(task: str, results: dict[str, Any], side: str) -> list[str]:
+    if side not in results or "none" not in results:
+        return ["", "", ""]
+    mean, plain = (statistics.mean(results[name]["results"]) for name in (side, "none"))
+    is_accuracy = TASKS[task] == "test_accuracy"
+    away = f"{100 * (mean - plain):+.2f} points" if is_accuracy else f"{100 * (mean / plain - 1):+.1f} %"
+    value = f"{mean:.4f}" if is_accuracy else f"{mean:.3f}"
+    return [value, away, f"{results[side]['wire_bytes_per_step']:,.0f}"]
+
+
+if __name__ == "__main__":
+    main()
