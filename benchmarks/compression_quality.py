@@ -82,8 +82,7 @@ def main() -> None:
         launch = ["horovodrun", "--gloo", "-np", str(NUM_RANKS), sys.executable, "-m", "benchmarks.compression_quality"]
         command = [*launch, *sys.argv[1:], "--on-rank", folder]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
-            assert job.stdout is not None
-            output = [_echoed(line) for line in job.stdout]
+            output = [_echoed(line) for line in job.stdout or ()]
     if job.returncode:
         sys.exit("".join(output))
     measured = [json.loads(line.partition("measured ")[2]) for line in output if "measured " in line]

@@ -109,7 +109,8 @@ def read(folder: Path) -> Checkpoint:
         for name, content in contents.items():
             if hashlib.sha256(content).hexdigest() != state["sha256"][name]:
                 raise ValueError(f"{name} was cut off or altered: its SHA-256 is not that of {STATE}")
-        return Checkpoint(folder, *(load(content) for content in contents.values()), state)
+        weights, moments, gradients = (load(content) for content in contents.values())
+        return Checkpoint(folder, weights, moments, gradients, state)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError([f"{folder}: is no sound checkpoint: {reason}"]) from error
@@ -219,7 +220,9 @@ class Checkpoints:
                 f"run.dir={self._cfg.run.dir} goes on from there"
             )
 
-    def _snapshot(self, step: Step, plan: Plan, gradients: Arrays) -> tuple[int, Arrays, Arrays, Arrays, dict[str, Any]]:
+    def _snapshot(
+        self, step: Step, plan: Plan, gradients: Arrays
+    ) -> tuple[int, Arrays, Arrays, Arrays, dict[str, Any]]:
         state = self._identity | {
             "position": dataclasses.asdict(step.end),
             "batch_sizes": plan.batch_sizes.to_json(),
@@ -227,9 +230,7 @@ class Checkpoints:
         }
         return step.number, self._state.weights(), self._state.moments(), gradients, state
 
-    def _write(
-        self, step: int, weights: Arrays, moments: Arrays, gradients: Arrays, state: dict[str, Any]
-    ) -> None:
+    def _write(self, step: int, weights: Arrays, moments: Arrays, gradients: Arrays, state: dict[str, Any]) -> None:
         folder = _folder(self._cfg) / f"step-{step:08}"
         write(folder, weights, moments, gradients, state)
         for old in sorted(folder.parent.glob("step-*"))[: -self._cfg.train.keep_checkpoints]:

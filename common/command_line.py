@@ -38,16 +38,10 @@ def run(train: Callable[[Any], Any], task: str, runtime: Runtime, arguments: Seq
     """
     words = sys.argv[1:] if arguments is None else arguments
     overrides = [word for word in words if word not in ("-h", "--help")]
-    cfg, refusal = None, None
-    try:
-        cfg = compose(task, overrides)
-    except ConfigError as error:  # told when Horovod has started, together with the other ranks
-        refusal = error
-    topology = runtime.init(launched_topology().process_sets(cfg) if cfg and are_hosts_alike() else ())
+    topology = runtime.init(_process_sets(task, overrides))
     try:
         with runtime.joint_check():
-            if refusal:
-                raise refusal
+            cfg = compose(task, overrides)
         if len(overrides) < len(words):
             if topology.rank == 0:
                 print(_help(sys.modules[train.__module__], task, cfg))
@@ -72,6 +66,14 @@ def run(train: Callable[[Any], Any], task: str, runtime: Runtime, arguments: Seq
         # The job's status is that of the first rank to leave: this one gives way to the one that failed.
         time.sleep(SECONDS_TO_GIVE_WAY)
         sys.exit(1)
+
+
+def _process_sets(task: str, overrides: Sequence[str]) -> list[Sequence[int]]:
+    """What Horovod must know when it starts, before ranks can agree on what is wrong with a configuration."""
+    try:
+        return launched_topology().process_sets(compose(task, overrides)) if are_hosts_alike() else []
+    except ConfigError:
+        return []  # the ranks will tell
 
 
 def _help(recipe: ModuleType, task: str, cfg: RunConfig) -> str:

@@ -100,7 +100,7 @@ def compose(task: str, overrides: Sequence[str]) -> RunConfig:
 
 def option(group: str, name: str) -> Any:
     """The configuration of one option of a group of conf/, with its defaults."""
-    values = OmegaConf.load(CONF / group / f"{name}.yaml")
+    values = dict(OmegaConf.load(CONF / group / f"{name}.yaml"))
     schema = _SCHEMAS[group][values.pop("defaults")[0]]
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
 

@@ -5,10 +5,10 @@ the sum. What a rank's vector had and the sum lacks is that rank's error:
 
     sum of the errors over the ranks = sum of the vectors - the vector that all get
 
-Error feedback adds a rank's error to its next vector, so that nothing is lost, only late (Seide et al., "1-Bit Stochastic
-Gradient Descent and its Application to Data-Parallel Distributed Training of Speech DNNs", 2014,
-https://www.isca-archive.org/interspeech_2014/seide14_interspeech.html; Karimireddy et al., "Error Feedback Fixes SignSGD
-and other Gradient Compression Schemes", 2019, https://arxiv.org/abs/1901.09847).
+Error feedback adds a rank's error to its next vector, so that nothing is lost, only late (Seide et al., "1-Bit
+Stochastic Gradient Descent and its Application to Data-Parallel Distributed Training of Speech DNNs", 2014,
+https://www.isca-archive.org/interspeech_2014/seide14_interspeech.html; Karimireddy et al., "Error Feedback Fixes
+SignSGD and other Gradient Compression Schemes", 2019, https://arxiv.org/abs/1901.09847).
 
 Three ways of travelling, all of which save at any number of ranks or say where they stop to:
 - dense codes in two phases: each rank owns a piece of the vector, gets the others' codes of it (alltoall), adds them up
@@ -109,8 +109,8 @@ class ScaledCodec(Codec):
         """Scales (C,) and integers (C, CHUNK) of chunks (C, CHUNK), padded by zeros beyond their sizes (C,)."""
 
     @abstractmethod
-    def dequantize(self, scales: Floats, integers: np.ndarray) -> Floats:
-        """The values (C, CHUNK) for scales (C, 1) and integers (C, CHUNK)."""
+    def dequantize(self, scales: Floats, integers: Floats) -> Floats:
+        """The values (C, CHUNK) for scales (C, 1) and integers (C, CHUNK), as float32."""
 
     def encode(self, values: Floats, uniforms: Uniforms) -> Bytes:
         """Scales, then packed integers."""
@@ -124,7 +124,7 @@ class ScaledCodec(Codec):
         num_chunks = math.ceil(num_values / CHUNK)
         scales, packed = np.split(content, [4 * num_chunks])
         integers = np.pad(unpack(packed, self.bits), (0, num_chunks * CHUNK - num_values)).reshape(num_chunks, CHUNK)
-        values = self.dequantize(scales.view(np.float32)[:, None], integers)
+        values = self.dequantize(scales.view(np.float32)[:, None], integers.astype(np.float32))
         return values.reshape(-1)[:num_values]
 
 
@@ -140,14 +140,16 @@ def pack(integers: np.ndarray, bits: int) -> Bytes:
     Eight values, one from each eighth of the vector, are put into the low bytes of one 64-bit word.
     """
     words = (integers.reshape(GROUP, -1).astype(np.int64) << (bits * np.arange(GROUP))[:, None]).sum(0)
-    return words.astype("<i8")[:, None].view(np.uint8)[:, :bits].reshape(-1)
+    packed: Bytes = words.astype("<i8")[:, None].view(np.uint8)[:, :bits].reshape(-1)
+    return packed
 
 
 def unpack(packed: Bytes, bits: int) -> np.ndarray:
     """The integers that pack() was given."""
     words = np.zeros((len(packed) // bits, GROUP), np.uint8)
     words[:, :bits] = packed.reshape(-1, bits)
-    return (words.view("<i8")[:, 0] >> (bits * np.arange(GROUP))[:, None] & (2**bits - 1)).reshape(-1)
+    integers: np.ndarray = words.view("<i8")[:, 0] >> (bits * np.arange(GROUP))[:, None] & (2**bits - 1)
+    return integers.reshape(-1)
 
 
 class Int8(ScaledCodec):
@@ -165,9 +167,10 @@ class Int8(ScaledCodec):
         scales = np.abs(chunks).max(1) * np.float32(1 / 127)
         return scales, np.rint(chunks / where_positive(scales)).astype(np.int64) + 127
 
-    def dequantize(self, scales: Floats, integers: np.ndarray) -> Floats:
+    def dequantize(self, scales: Floats, integers: Floats) -> Floats:
         """Steps times the scale."""
-        return (integers - 127).astype(np.float32) * scales
+        values: Floats = (integers - np.float32(127)) * scales
+        return values
 
 
 class QSGD(ScaledCodec):
@@ -187,9 +190,9 @@ class QSGD(ScaledCodec):
         exact = chunks / where_positive(scales) * self.steps
         return scales, np.floor(exact + uniforms(chunks.shape)).clip(-self.steps, self.steps) + self.steps
 
-    def dequantize(self, scales: Floats, integers: np.ndarray) -> Floats:
+    def dequantize(self, scales: Floats, integers: Floats) -> Floats:
         """Steps times the scale over the number of steps."""
-        return (integers.astype(np.float32) - self.steps) * (scales / self.steps)
+        return (integers - self.steps) * (scales / self.steps)
 
 
 class TernGrad(QSGD):
@@ -231,9 +234,10 @@ class Sign(ScaledCodec):
         scales = (np.abs(chunks).sum(1, dtype=np.float64) / sizes).astype(np.float32)
         return scales, chunks >= 0
 
-    def dequantize(self, scales: Floats, integers: np.ndarray) -> Floats:
+    def dequantize(self, scales: Floats, integers: Floats) -> Floats:
         """The scale with its sign."""
-        return np.where(integers > 0, scales, -scales)
+        values: Floats = (2 * integers - 1) * scales
+        return values
 
 
 def where_positive(scales: Floats) -> Floats:
@@ -319,7 +323,9 @@ def deep_gradient_compression(
     for gradient, of_rank in zip(gradients, state, strict=True):
         if clip_norm:
             largest = np.float32(clip_norm / math.sqrt(len(gradients)))
-            gradient = gradient * (largest / max(largest, np.float32(np.sqrt((gradient.astype(np.float64) ** 2).sum()))))
+            gradient = gradient * (
+                largest / max(largest, np.float32(np.sqrt((gradient.astype(np.float64) ** 2).sum())))
+            )
         velocity = np.float32(momentum) * of_rank.get("velocity", np.zeros_like(summed)) + gradient
         residual = of_rank.get("residual", np.zeros_like(summed)) + velocity
         sent, errors = top_k([residual], ratio)

@@ -368,8 +368,6 @@ class DGCConfig(SparseConfig):
     """Of each rank's own velocity, in place of the optimizer's momentum; 0: none."""
     warmup_steps: int = MISSING
     """Steps in which the share of values falls from a quarter to the ratio."""
-    clip_norm: float = MISSING
-    """Largest norm of the summed gradient, kept by clipping each rank's to 1 / sqrt(ranks) of it; 0: no clipping."""
 
 
 @dataclass

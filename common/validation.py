@@ -74,7 +74,6 @@ _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], float, str]] = {
     "compression.ratio": (operator.gt, 0, "greater than 0; 0.01 is usual"),
     "compression.momentum": (operator.ge, 0, "at least 0; 0 means none"),
     "compression.warmup_steps": (operator.ge, 0, "at least 0; 0 means none"),
-    "compression.clip_norm": (operator.ge, 0, "at least 0; 0 means no clipping"),
     "compression.rank": (operator.ge, 1, "at least 1; 1, 2 and 4 are usual"),
     "compression.min_gain": (operator.ge, 0, "at least 0"),
 }
@@ -82,6 +81,8 @@ _BELOW_ONE = (
     *("optimizer.momentum", "optimizer.beta1", "optimizer.beta2", "model.dropout"),
     *("compression.momentum", "compression.min_gain"),
 )
+
+AUTO_CANDIDATES = ("none", "fp16", "bf16", "int8", "qsgd", "terngrad", "sign", "topk", "randomk", "powersgd")
 
 
 def validate(cfg: RunConfig, topology: Topology) -> None:
@@ -134,10 +135,10 @@ def _compression_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
         yield "op=adasum: the gradient noise scale is that of a mean; use train.batch_schedule=constant|steps"
     if name != "none" and cfg.precision.dtype is not Dtype.float32:
         yield f"precision={cfg.precision.name}: compressors work in fp32; use precision=fp32|bf16, or compression=none"
-    if name == "fp16" and cfg.precision.compute_dtype is Dtype.float16:
+    if "fp16" in (name, *getattr(compression, "candidates", ())) and cfg.precision.compute_dtype is Dtype.float16:
         yield (
-            "compression=fp16: with precision=fp16 gradients have been unscaled when they travel, and would vanish in 16 "
-            "bits below 6e-8, which the loss scale was there to prevent; use compression=bf16 or precision=bf16"
+            "compression=fp16: with precision=fp16 gradients have been unscaled when they travel, and would vanish in "
+            "16 bits below 6e-8, which the loss scale was there to prevent; use compression=bf16 or precision=bf16"
         )
     if isinstance(compression, QSGDConfig) and not 2 <= compression.bits <= 8:
         yield f"compression.bits={compression.bits}: must be 2 to 8; 1 bit is compression=sign"
@@ -149,10 +150,13 @@ def _compression_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
         yield "compression.scope=bucket: powersgd works on the matrix of each layer; use compression.scope=layer"
     if isinstance(compression, LossyConfig) and compression.two_level:
         yield from _two_level_problems(topology)
-    if isinstance(compression, AutoCompressionConfig):
-        known = [option for option in METHODS if option not in ("auto", "dgc")]
-        if not compression.candidates or not set(compression.candidates) <= set(known):
-            yield f"compression.candidates={compression.candidates}: must be some of {','.join(known)}"
+    if isinstance(compression, AutoCompressionConfig) and not _are_candidates(compression.candidates):
+        given = ",".join(compression.candidates)
+        yield f"compression.candidates=[{given}]: must be one or more of {','.join(AUTO_CANDIDATES)}"
+
+
+def _are_candidates(names: list[str]) -> bool:
+    return bool(names) and set(names) <= set(AUTO_CANDIDATES)
 
 
 def _dgc_problems(compression: DGCConfig, cfg: RunConfig) -> Iterator[str]:
@@ -169,16 +173,11 @@ def _dgc_problems(compression: DGCConfig, cfg: RunConfig) -> Iterator[str]:
             f"compression.momentum={compression.momentum}: corrects the momentum of SGD; with optimizer="
             f"{optimizer.name} use compression.momentum=0"
         )
-    if compression.momentum and cfg.train.clip_norm:
-        yield (
-            f"train.clip_norm={cfg.train.clip_norm}: would clip velocities that have been summed up; use "
-            "train.clip_norm=0 and compression.clip_norm, which clips each rank's gradient before"
-        )
 
 
 def _two_level_problems(topology: Topology) -> Iterator[str]:
     if topology.local_size == topology.world_size:
-        yield "compression.two_level=true: all ranks are on one host; start them on several (horovodrun -H) or leave it out"
+        yield "compression.two_level=true: all ranks are on one host; start several (horovodrun -H) or leave it out"
     elif not are_hosts_alike():
         yield "compression.two_level=true: all hosts must have as many ranks; change horovodrun -H, or leave it out"
 

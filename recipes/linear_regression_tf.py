@@ -21,6 +21,7 @@ from common.run import Run, new_folder
 from common.sharding import Plan
 from common.step_sums import StepSums
 from common.tf import optimizers, precision, runtime
+from common.tf.auto import choose_compression
 from common.tf.checkpoint import State
 from common.tf.gradients import Gradients, clip_global_norm, forward_backward
 from common.validation import validate
@@ -89,6 +90,7 @@ def train(cfg: LinearRegressionConfig) -> dict[str, Any]:
     precision.set_policy(cfg.precision)
     model = precision.build_model(keras.Input((cfg.data.num_features,)), build_layers(), cfg.precision)
     optimizer = optimizers.build(cfg.optimizer, model)
+    cfg.compression = choose_compression(cfg, model, train_set, topology)
     gradients = Gradients.of(cfg, model, topology)
     checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer, gradients), runtime, topology)
     plan = Plan.of(cfg, len(train_set), topology, checkpoints.restore())

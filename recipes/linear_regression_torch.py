@@ -20,6 +20,7 @@ from common.run import Run, new_folder
 from common.sharding import Plan
 from common.step_sums import StepSums
 from common.torch import optimizers, precision, runtime
+from common.torch.auto import choose_compression
 from common.torch.checkpoint import State
 from common.torch.gradients import Gradients, forward_backward
 from common.validation import validate
@@ -81,6 +82,7 @@ def train(cfg: LinearRegressionConfig) -> dict[str, Any]:
     device = runtime.device(topology)
     model = precision.Model(build_layers(cfg.data.num_features), cfg.precision, device)
     optimizer = optimizers.build(cfg.optimizer, model)
+    cfg.compression = choose_compression(cfg, model, train_set, topology)
     gradients = Gradients.of(cfg, model, topology)
     checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer, gradients), runtime, topology)
     plan = Plan.of(cfg, len(train_set), topology, checkpoints.restore())

@@ -22,6 +22,7 @@ from common.run import Run, new_folder
 from common.sharding import Plan
 from common.step_sums import StepSums
 from common.tf import optimizers, precision, runtime
+from common.tf.auto import choose_compression
 from common.tf.checkpoint import State
 from common.tf.classification import evaluate, sum_of_losses
 from common.tf.gradients import Gradients, clip_global_norm, forward_backward
@@ -107,6 +108,7 @@ def train(cfg: MnistCNNConfig) -> dict[str, Any]:
     precision.set_policy(cfg.precision)
     model = precision.build_model(keras.Input((28, 28)), build_layers(cfg.model), cfg.precision)
     optimizer = optimizers.build(cfg.optimizer, model)
+    cfg.compression = choose_compression(cfg, model, images, topology)
     gradients = Gradients.of(cfg, model, topology)
     checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer, gradients), runtime, topology)
     plan = Plan.of(cfg, len(train_set), topology, checkpoints.restore(), drawn_classes(cfg.data, images))

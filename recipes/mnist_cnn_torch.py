@@ -23,6 +23,7 @@ from common.run import Run, new_folder
 from common.sharding import Plan
 from common.step_sums import StepSums
 from common.torch import layers, optimizers, precision, runtime
+from common.torch.auto import choose_compression
 from common.torch.checkpoint import State
 from common.torch.classification import evaluate, sum_of_losses
 from common.torch.gradients import Gradients, forward_backward
@@ -97,6 +98,7 @@ def train(cfg: MnistCNNConfig) -> dict[str, Any]:
     device = runtime.device(topology)
     model = precision.Model(build_layers(cfg.model), cfg.precision, device)
     optimizer = optimizers.build(cfg.optimizer, model)
+    cfg.compression = choose_compression(cfg, model, images, topology)
     gradients = Gradients.of(cfg, model, topology)
     checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer, gradients), runtime, topology)
     plan = Plan.of(cfg, len(train_set), topology, checkpoints.restore(), drawn_classes(cfg.data, images))

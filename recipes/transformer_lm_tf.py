@@ -21,6 +21,7 @@ from common.run import Run, new_folder
 from common.sharding import Plan
 from common.step_sums import StepSums
 from common.tf import optimizers, precision, runtime, transformer
+from common.tf.auto import choose_compression
 from common.tf.checkpoint import State
 from common.tf.gradients import Gradients, clip_global_norm, forward_backward
 from common.topology import Topology
@@ -105,6 +106,7 @@ def train(cfg: TransformerLMConfig) -> dict[str, Any]:
     layers = build_layers(cfg.model, corpus.tokenizer.vocabulary_size)
     model = precision.build_model(keras.Input((cfg.model.context,), dtype="int64"), layers, cfg.precision)
     optimizer = optimizers.build(cfg.optimizer, model)
+    cfg.compression = choose_compression(cfg, model, corpus.train, topology)
     gradients = Gradients.of(cfg, model, topology)
     extras = {"tokenizer": corpus.tokenizer.to_json()}
     state = State(model, optimizer, gradients)

@@ -21,6 +21,7 @@ from common.sharding import Plan
 from common.step_sums import StepSums
 from common.topology import Topology
 from common.torch import optimizers, precision, runtime, transformer
+from common.torch.auto import choose_compression
 from common.torch.checkpoint import State
 from common.torch.gradients import Gradients, forward_backward
 from common.validation import validate
@@ -96,6 +97,7 @@ def train(cfg: TransformerLMConfig) -> dict[str, Any]:
     layers = build_layers(cfg.model, corpus.tokenizer.vocabulary_size)
     model = precision.Model(layers, cfg.precision, device)
     optimizer = optimizers.build(cfg.optimizer, model)
+    cfg.compression = choose_compression(cfg, model, corpus.train, topology)
     gradients = Gradients.of(cfg, model, topology)
     extras = {"tokenizer": corpus.tokenizer.to_json()}
     state = State(model, optimizer, gradients)

@@ -34,7 +34,8 @@ class Exchange:
     def state(self) -> dict[str, list[np.ndarray]]:
         """This rank's compressor state, a list over the weights."""
         return {
-            name: [tensors[i].numpy().copy() for i in sorted(tensors)] for name, tensors in self.gradients.state().items()
+            name: [tensors[i].numpy().copy() for i in sorted(tensors)]
+            for name, tensors in self.gradients.state().items()
         }
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:

@@ -22,14 +22,14 @@ BIN = Path(sys.executable).parent
 
 
 def run(
-    command: Sequence[object], timeout: float = 120, env: Mapping[str, str] | None = None
+    command: Sequence[object], timeout: float = 120, env: Mapping[str, str] | None = None, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command from the project's root; stdout has stderr in it; fails the test when it takes too long."""
+    """Runs a command, from the project's root; stdout has stderr in it; fails the test when it takes too long."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HOROVOD_", "OMPI_"))}
     environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | dict(env or {})
     with subprocess.Popen(
         list(map(str, command)),
-        cwd=ROOT,
+        cwd=cwd,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -50,11 +50,16 @@ def run(
 
 
 def horovodrun(
-    num_ranks: int, *arguments: str | Path, timeout: float = 120, env: Mapping[str, str] | None = None
+    num_ranks: int,
+    *arguments: str | Path,
+    timeout: float = 120,
+    env: Mapping[str, str] | None = None,
+    options: Sequence[str] = (),
+    cwd: Path = ROOT,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs `python <arguments>` on so many ranks of this host."""
-    launcher = ["horovodrun", "--gloo", "-np", str(num_ranks)]
-    return run([*launcher, sys.executable, *arguments], timeout, env)
+    """Runs `python <arguments>` on so many ranks of this host, with the launcher's options."""
+    launcher = ["horovodrun", "--gloo", "-np", str(num_ranks), *options]
+    return run([*launcher, sys.executable, *arguments], timeout, env, cwd)
 
 
 def kill_when(

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from common.config import OptimizerConfig
 from common.step_sums import StepSums
-from common.tf import gradients, optimizers, runtime
+from common.tf import optimizers, runtime
+from common.tf.gradients import Gradients, clip_global_norm, forward_backward
 from common.topology import Topology
 
 import numpy as np
@@ -28,19 +29,19 @@ class SmallModel:
         def half_squares(outputs: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
             return 0.5 * tf.reduce_sum(outputs**2)
 
+        shapes = [variable.shape for variable in self.model.trainable_variables]
+        exchange = Gradients(shapes, self.topology, True, dtype="float64", bucket_bytes=bucket_bytes).exchange
+
         @tf.function
         def step(data: tf.Tensor) -> tuple[StepSums, list[tf.Tensor]]:
-            loss, grads = gradients.forward_backward(
-                self.model, half_squares, data, data, num_micro_batches, global_size
-            )
-            stop, share = tf.constant(self.topology.rank == 0), len(inputs) / global_size
-            return gradients.exchange(grads, self.topology, loss, stop, share, True, bucket_bytes)
+            loss, grads = forward_backward(self.model, half_squares, data, data, num_micro_batches, global_size)
+            return exchange(grads, loss, tf.constant(self.topology.rank == 0), len(inputs) / global_size)
 
         sums, self.grads = step(tf.constant(inputs))
         return sums
 
     def exchanged(self, max_norm: float) -> list[np.ndarray]:
-        self.grads = gradients.clip_global_norm(self.grads, max_norm)
+        self.grads = clip_global_norm(self.grads, max_norm)
         return [gradient.numpy() for gradient in self.grads]
 
     def step(self, learning_rate: float) -> None:

@@ -25,7 +25,7 @@ class SmallModel:
         self.topology = topology
 
     def gradients(self, inputs: np.ndarray, global_size: int, num_micro_batches: int, bucket_bytes: int) -> StepSums:
-        self.buckets = Gradients(self.model.parameters(), self.topology, True, bucket_bytes)
+        self.buckets = Gradients(self.model.parameters(), self.topology, True, bucket_bytes=bucket_bytes)
         data = torch.from_numpy(inputs)
 
         def half_squares(outputs: Tensor, _: Tensor) -> Tensor:

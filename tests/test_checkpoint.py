@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ SUMS = StepSums(0.5, 0, 0, 0)
 class OneRank:
     """The runtime of a job of one rank."""
 
-    def init(self) -> Topology:
+    def init(self, process_sets: Iterable[Sequence[int]] = ()) -> Topology:
         return ALONE
 
     def joint_check(self) -> AbstractContextManager[None]:
@@ -52,7 +53,10 @@ class Numbers:
     def moments(self) -> dict[str, np.ndarray]:
         return {"0.weight.momentum": self.moment.copy()}
 
-    def load(self, weights: Arrays, moments: Arrays) -> None:
+    def gradients(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def load(self, weights: Arrays, moments: Arrays, gradients: Arrays) -> None:
         check_names_and_shapes({"0.weight": (3,)}, weights)
         self.weight = np.array(weights["0.weight"])
         self.moment = np.array(moments.get("0.weight.momentum", np.zeros(3, np.float32)))

@@ -171,10 +171,10 @@ def test_a_run_without_averaging_is_caught(
 
         monkeypatch.setattr(Gradients, "_send", lambda self, number: None)
     else:
-        from common.tf import gradients
+        from common.tf.compression import Dense
         from recipes.mnist_mlp_tf import train
 
-        monkeypatch.setattr(gradients, "sum_over_replicas", lambda grads, topology, bucket_bytes: grads)
+        monkeypatch.setattr(Dense, "exchange", lambda self, values, step: self.exchanged(values, values))
     folders = {name: shared_path / name for name in ("broken", "sound")}
     cfg = compose("mnist_mlp", ["train.max_steps=3", "train.log_every=1", f"run.dir={folders['broken']}"])
     assert isinstance(cfg, MnistMLPConfig)
@@ -205,7 +205,7 @@ def test_idx_files_train_and_the_defaults_reach_their_accuracy(recipe: str, tmp_
     assert events[-1]["test_accuracy"] >= 0.95
 
 
-NUM_MISTAKES = 14
+NUM_MISTAKES = 17
 
 
 def mistakes(tmp_path: Path) -> dict[str, list[str]]:
@@ -229,6 +229,12 @@ def mistakes(tmp_path: Path) -> dict[str, list[str]]:
         f"data=image_shards data.path={shards['missing']}": ["train-images-00000.bin"],
         f"data=image_shards data.path={shards['foreign']}": ["train-images-00000.bin"],
         f"resume={checkpoints['cut']}": ["step-00000002: is no sound checkpoint: weights.safetensors was cut off"],
+        "compression=dgc compression.momentum=0.9": [
+            "optimizer.momentum=0.9: dgc has",
+            "train.clip_norm=0.5: would clip",
+        ],
+        "compression=fp16 precision=fp16": ["compression=fp16: with precision=fp16", "use compression=bf16"],
+        "compression=topk compression.two_level=true": ["compression.two_level=true: all ranks are on one host"],
         f"resume={checkpoints['other']}": ["is a checkpoint of mnist_cnn, not of mnist_mlp"],
     }
 
@@ -263,7 +269,7 @@ def checkpoint_folders(folder: Path) -> dict[str, Path]:
     state = {"task": "mnist_cnn", "fingerprint": "", "config": {}, "position": {"step": 2, "epoch": 1, "offset": 0}}
     folders = {name: folder / name / "step-00000002" for name in ("cut", "other")}
     for path in folders.values():
-        checkpoint.write(path, {"0.weight": np.zeros(3)}, {}, state)
+        checkpoint.write(path, {"0.weight": np.zeros(3)}, {}, {}, state)
     weights = folders["cut"] / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     return folders

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from common.buckets import Bucket
 from common.composition import compose
 from common.datasets.linear import Measurements
 from common.run import Run, TrainingError
@@ -27,17 +28,17 @@ def record(folder: Path, rank: int = 0, loss: float = 0.5, restored: Mapping[str
     plan = Plan.of(cfg, 10, Topology(rank, 2, rank, 2), restored)
     run = Run(cfg, "some_recipe_torch", plan)
     for step, _ in run.steps(NUMBERS):
-        run.record(step, 0.1, StepSums(loss, 0, 0, 0))
+        run.record(step, 0.1, StepSums(loss, 0, 0, 0, wire_bytes=[1000]))
     run.log(step, test_loss=0.25)
-    run.finish(num_gradients=250, weights_sha256="00")
+    run.finish([Bucket("none", (0,), 250)], weights_sha256="00")
 
 
 def test_rank_zero_leaves_the_files_of_the_contract(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record(tmp_path)
     events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [{**event, "wall_seconds": 0} for event in events] == [
-        {"step": 1, "epoch": 1, "lr": 0.1, "train_loss": 0.5, "wall_seconds": 0},
-        {"step": 2, "epoch": 1, "lr": 0.1, "train_loss": 0.5, "wall_seconds": 0},
+        {"step": 1, "epoch": 1, "lr": 0.1, "train_loss": 0.5, "wire_bytes": 1000, "wall_seconds": 0},
+        {"step": 2, "epoch": 1, "lr": 0.1, "train_loss": 0.5, "wire_bytes": 1000, "wall_seconds": 0},
         {"step": 2, "epoch": 1, "test_loss": 0.25, "wall_seconds": 0},
     ]
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -54,16 +55,19 @@ def test_rank_zero_leaves_the_files_of_the_contract(tmp_path: Path, capsys: pyte
         "examples": 10,
         "wire_bytes_per_step": 1000,
         "dense_bytes_per_step": 1000,
+        "buckets": [{"method": "none", "num_values": 250, "wire_bytes_per_step": 1000}],
         "weights_sha256": "00",
         "lr": 0.1,
         "train_loss": 0.5,
+        "wire_bytes": 1000,
         "test_loss": 0.25,
         "completed": True,
     }
     assert "global_batch_size: 5" in (tmp_path / "config.yaml").read_text()
     (file,) = (tmp_path / "tensorboard").iterdir()
     scalars = [(event.step, value.tag) for event in EventFileLoader(str(file)).Load() for value in event.summary.value]
-    assert scalars == [(1, "lr"), (1, "train_loss"), (2, "lr"), (2, "train_loss"), (2, "test_loss")]
+    of_step = ["lr", "train_loss", "wire_bytes"]
+    assert scalars == [*((step, name) for step in (1, 2) for name in of_step), (2, "test_loss")]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("some_recipe_torch: 2 ranks, 10 examples")
     assert lines[1].startswith("step 1  epoch 1  50 %  lr 0.1  train_loss 0.5")

@@ -6,7 +6,7 @@ A method is the class Compressor of common/tf/compressors/<method>.py; common/co
 import importlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,7 +35,9 @@ class Channel:
 
     def __init__(self, name: str, process_set: hvd.ProcessSet) -> None:
         self._name, self._process_set = name, process_set
-        self.rank, self.size = process_set.rank(), process_set.size()
+        # A rank outside the set has a channel, too, that it does not use.
+        self.rank = process_set.rank() if process_set.included() else -1
+        self.size = len(process_set.ranks)
         self.begin()
 
     def begin(self) -> None:
@@ -133,23 +135,38 @@ class Compressor(ABC):
     """A way to sum a unit's gradients over the ranks.
 
     Attributes:
-        variables: what an exchange leaves for the next one.
+        kept: what an exchange leaves for the next one, by its name in a checkpoint: one variable (n,) for the whole
+            unit, or one for each gradient.
     """
 
     def __init__(self, cfg: CompressionConfig, unit: Unit) -> None:
         self.unit = unit
-        self.variables: list[tf.Variable] = []
+        self.kept: dict[str, tf.Variable | list[tf.Variable]] = {}
 
     @abstractmethod
     def exchange(self, values: tf.Tensor, step: tf.Tensor) -> Exchanged:
         """Sums this rank's values (n,) over the ranks of unit.channel; steps count from 0."""
 
-    def state(self) -> dict[str, list[tf.Tensor]]:
-        """What a checkpoint holds, by name: a tensor for each gradient of the unit."""
-        return {}
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """All that is kept, in order."""
+        return tf.nest.flatten(list(self.kept.values()))
 
-    def load(self, state: dict[str, list[np.ndarray]]) -> None:
+    def state(self) -> dict[str, list[tf.Tensor]]:
+        """What is kept by name: a tensor for each gradient of the unit."""
+        return {
+            name: [variable.value() for variable in kept] if isinstance(kept, list) else self.unit.split(kept)
+            for name, kept in self.kept.items()
+        }
+
+    def load(self, state: Mapping[str, Sequence[np.ndarray]]) -> None:
         """Takes over what state() gave."""
+        for name, kept in self.kept.items():
+            if isinstance(kept, list):
+                for variable, array in zip(kept, state[name], strict=True):
+                    variable.assign(array)
+            else:
+                kept.assign(np.concatenate([part.reshape(-1) for part in state[name]]))
 
     def exchanged(self, summed: tf.Tensor, error: tf.Tensor, state: Sequence[tf.Tensor] = ()) -> Exchanged:
         """The result, with what the channel has sent."""
@@ -208,7 +225,7 @@ class ScaledCodec(Codec):
 
     @abstractmethod
     def dequantize(self, scales: tf.Tensor, integers: tf.Tensor) -> tf.Tensor:
-        """Values (K, C, CHUNK) for scales (K, C, 1) and integers (K, C, CHUNK) int64."""
+        """Values (K, C, CHUNK) for scales (K, C, 1) and integers (K, C, CHUNK), all float32."""
 
     def encode(self, pieces: tf.Tensor, random: Random) -> tf.Tensor:
         """Scales, then packed integers."""
@@ -224,7 +241,8 @@ class ScaledCodec(Codec):
         scales, packed = codes[:, : 4 * num_chunks], codes[:, 4 * num_chunks :]
         integers = padded(unpack(packed, self.bits), num_chunks * CHUNK)
         shape = (codes.shape[0], num_chunks, CHUNK)
-        values = self.dequantize(from_bytes(scales, tf.float32)[..., None], tf.reshape(integers, shape))
+        integers = tf.cast(tf.reshape(integers, shape), tf.float32)
+        values = self.dequantize(from_bytes(scales, tf.float32)[..., None], integers)
         return tf.reshape(values, (codes.shape[0], -1))[:, :size]
 
 
@@ -254,7 +272,7 @@ class Sparse(Compressor):
 
 
 class Adasum(Compressor):
-    """The ranks' gradients by adaptive summation, in two phases; the dot products of a round are one small allreduce."""
+    """The ranks' gradients by adaptive summation, in two phases; the dot products of a round are one message."""
 
     def exchange(self, values: tf.Tensor, step: tf.Tensor) -> Exchanged:
         """See common/compression.py, adasum(); values are a rank's own mean gradient."""
@@ -287,22 +305,13 @@ class ErrorFeedback(Compressor):
     def __init__(self, inner: Compressor) -> None:
         super().__init__(CompressionConfig("error_feedback"), inner.unit)
         self._inner = inner
-        self.residual = inner.unit.new_variable()
-        self.variables = [self.residual, *inner.variables]
+        self._residual = inner.unit.new_variable()
+        self.kept = {"residual": self._residual, **inner.kept}
 
     def exchange(self, values: tf.Tensor, step: tf.Tensor) -> Exchanged:
         """Exchanges the corrected values."""
-        result = self._inner.exchange(values + self.residual, step)
+        result = self._inner.exchange(values + self._residual, step)
         return result._replace(state=[result.error, *result.state])
-
-    def state(self) -> dict[str, list[tf.Tensor]]:
-        """The residual."""
-        return {"residual": self.unit.split(self.residual), **self._inner.state()}
-
-    def load(self, state: dict[str, list[np.ndarray]]) -> None:
-        """Takes it over."""
-        assign_flat(self.residual, state["residual"])
-        self._inner.load(state)
 
 
 class TwoLevel(Compressor):
@@ -311,7 +320,7 @@ class TwoLevel(Compressor):
     def __init__(self, inner: Compressor, host: Channel, is_first: bool) -> None:
         super().__init__(CompressionConfig("two_level"), inner.unit)
         self._inner, self._host, self._is_first = inner, host, is_first
-        self.variables, self.state, self.load = inner.variables, inner.state, inner.load  # type: ignore[method-assign]
+        self.kept = inner.kept
 
     def exchange(self, values: tf.Tensor, step: tf.Tensor) -> Exchanged:
         """Allreduce in the host, the inner exchange, broadcast in the host."""
@@ -373,11 +382,6 @@ def scatter_add(values: tf.Tensor, places: tf.Tensor, added: tf.Tensor) -> tf.Te
 def wire_dtype(values: WireValues) -> tf.DType:
     """The dtype of values on the wire."""
     return tf.float16 if values is WireValues.fp16 else tf.float32
-
-
-def assign_flat(variable: tf.Variable, parts: Sequence[np.ndarray]) -> None:
-    """Assigns parts, one after another, to a variable (n,)."""
-    variable.assign(np.concatenate([part.reshape(-1) for part in parts]))
 
 
 def padded(values: tf.Tensor, size: int) -> tf.Tensor:

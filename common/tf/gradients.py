@@ -171,20 +171,22 @@ class Gradients:
         overflow = tf.cast(~all_finite(gradients), self._dtype) if self._loss_scale.is_dynamic else zero
         # The gradients are sums over this rank's examples, divided by the global batch's size.
         squares = tf.math.divide_no_nan(squared_norm(gradients), share**2) if self._measure_noise else zero
-        riders = [tf.cast(loss, self._dtype), tf.cast(stop, self._dtype), squares / self._topology.num_replicas, overflow]
+        loss, stop = tf.cast(loss, self._dtype), tf.cast(stop, self._dtype)
+        riders = tf.stack([loss, stop, squares / self._topology.num_replicas, overflow])
         sent = [self._flat([gradients[index] for index in bucket.members]) for bucket in self._sent_buckets]
-        results = [self._exchanged(number, flat, tf.stack(riders), share) for number, flat in enumerate(sent)]
+        results = [self._exchanged(number, flat, riders, share) for number, flat in enumerate(sent)]
         if results:
-            last, travelled = tf.split(results[-1].summed, [-1, NUM_RIDERS])
+            last, riders = tf.split(results[-1].summed, [-1, NUM_RIDERS])
             results[-1] = results[-1]._replace(summed=last)
-            riders = tf.unstack(travelled)
             gradients = self._unpacked([result.summed for result in results])
+        loss, stop, local_squares, overflow = tf.unstack(riders, NUM_RIDERS)
         loss_scale = self.counters[1]
-        self._keep_state(results, riders[3] > 0)
+        self._keep_state(results, overflow > 0)
         measured = squared_norm(gradients) if self._measure_noise else zero
         bytes_sent = tuple(result.num_bytes for result in results)
         cosine, residual_norm = self._health(sent, results)
-        return StepSums(*riders, measured, bytes_sent, cosine, residual_norm, loss_scale), list(gradients)
+        measures = (measured, bytes_sent, cosine, residual_norm, loss_scale)
+        return StepSums(loss, stop, local_squares, overflow, *measures), list(gradients)
 
     def state(self) -> dict[str, dict[int, tf.Tensor]]:
         """The compressors' state by name and variable's index; this rank's alone."""
@@ -264,7 +266,9 @@ class Gradients:
         num_steps, scale, good_steps = tf.unstack(self.counters)
         if self._loss_scale.is_dynamic:  # LossScale.update in common/precision.py
             is_grown = good_steps + 1 >= self._loss_scale.growth_steps
-            good = tf.stack([tf.where(is_grown, 2 * scale, scale), tf.where(is_grown, tf.zeros_like(scale), good_steps + 1)])
+            good = tf.stack(
+                [tf.where(is_grown, 2 * scale, scale), tf.where(is_grown, tf.zeros_like(scale), good_steps + 1)]
+            )
             bad = tf.stack([tf.maximum(scale / 2, 1), tf.zeros_like(scale)])
             scale, good_steps = tf.unstack(tf.where(overflow, bad, good))
         self.counters.assign([num_steps + 1, scale, good_steps])

@@ -82,7 +82,7 @@ def apply(optimizer: keras.Optimizer, gradients: Sequence[tf.Tensor], model: ker
         optimizer.apply(gradients, model.trainable_variables)
         return True
 
-    tf.cond(sums.overflow > 0, lambda: False, update)
+    tf.cond(tf.cast(sums.overflow, tf.bool), lambda: False, update)
 
 
 def set_learning_rate(optimizer: keras.Optimizer, value: float) -> None:

@@ -17,7 +17,6 @@ import numpy as np
 import tensorflow as tf
 from horovod.common.exceptions import HorovodInternalError
 
-
 _process_sets: dict[tuple[int, ...], hvd.ProcessSet] = {}
 
 
@@ -108,9 +107,7 @@ def sum_over_ranks(*values: float | tf.Tensor) -> list[float]:
     return sums
 
 
-def broadcast_state(
-    model: keras.Model, optimizer: keras.Optimizer, others: Iterable[tf.Variable] = ()
-) -> None:
+def broadcast_state(model: keras.Model, optimizer: keras.Optimizer, others: Iterable[tf.Variable] = ()) -> None:
     """Gives all ranks rank 0's weights, optimizer state and other variables, in one message per dtype."""
     variables = [*model.weights, *optimizer.variables, *others]
     for dtype in {tf.as_dtype(variable.dtype): None for variable in variables}:

@@ -33,7 +33,9 @@ class State:
         summed = {name: tensor for name, tensor in kept.items() if name.endswith(SUMMED)}
         if summed:
             flat = torch.cat([tensor.flatten() for tensor in summed.values()])
-            parts = hvd.allreduce(flat, name="state.summed", op=hvd.Sum).split([len(t.flatten()) for t in summed.values()])
+            parts = hvd.allreduce(flat, name="state.summed", op=hvd.Sum).split(
+                [len(t.flatten()) for t in summed.values()]
+            )
             kept |= {name: part.view_as(kept[name]) for name, part in zip(summed, parts, strict=True)}
         return _copies(kept | {"counters": self._gradients.counters()})
 

@@ -7,7 +7,7 @@ import importlib
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,9 @@ class Channel:
 
     def __init__(self, name: str, process_set: hvd.ProcessSet) -> None:
         self._name, self._process_set = name, process_set
-        self.rank, self.size = process_set.rank(), process_set.size()
+        # A rank outside the set has a channel, too, that it does not use.
+        self.rank = process_set.rank() if process_set.included() else -1
+        self.size = len(process_set.ranks)
         self.begin()
 
     def begin(self) -> None:
@@ -106,10 +108,16 @@ class Unit:
 
 
 class Compressor(ABC):
-    """A way to sum a unit's gradients over the ranks."""
+    """A way to sum a unit's gradients over the ranks.
+
+    Attributes:
+        kept: what an exchange leaves for the next one, by its name in a checkpoint: one tensor (n,) for the whole
+            unit, or one for each gradient.
+    """
 
     def __init__(self, cfg: CompressionConfig, unit: Unit) -> None:
         self.unit = unit
+        self.kept: dict[str, Tensor | list[Tensor]] = {}
 
     @abstractmethod
     def exchange(self, values: Tensor, step: int) -> Exchange:
@@ -120,12 +128,18 @@ class Compressor(ABC):
         """What this rank has sent in the last exchange."""
         return self.unit.channel.num_bytes
 
+    def left(self) -> list[Tensor]:
+        """What the last exchange has left for the next one: new values for all that is kept, in order."""
+        return []
+
     def commit(self) -> None:
-        """Makes what the last exchange has left for the next one the state; not called when its step is skipped."""
+        """Keeps what the last exchange has left; not called when its step is skipped."""
+        for kept, new in zip(_flattened(self.kept.values()), self.left(), strict=True):
+            kept.copy_(new)
 
     def state(self) -> dict[str, list[Tensor]]:
-        """What a checkpoint holds, by name: a tensor for each gradient of the unit."""
-        return {}
+        """What is kept by name: a tensor for each gradient of the unit."""
+        return {name: kept if isinstance(kept, list) else self.unit.split(kept) for name, kept in self.kept.items()}
 
 
 class Dense(Compressor):
@@ -134,7 +148,9 @@ class Dense(Compressor):
     def exchange(self, values: Tensor, step: int) -> Exchange:
         """One allreduce, of riders beyond the gradients, too; they are not counted."""
         handle = self.unit.channel.allreduce(values)
-        self.unit.channel.num_bytes = allreduce_bytes(sum(self.unit.lengths) * values.element_size(), self.unit.channel.size)
+        self.unit.channel.num_bytes = allreduce_bytes(
+            sum(self.unit.lengths) * values.element_size(), self.unit.channel.size
+        )
         summed = yield handle
         return summed, torch.zeros(())
 
@@ -180,7 +196,7 @@ class ScaledCodec(Codec):
 
     @abstractmethod
     def dequantize(self, scales: Tensor, integers: Tensor) -> Tensor:
-        """Values (K, C, CHUNK) for scales (K, C, 1) and integers (K, C, CHUNK)."""
+        """Values (K, C, CHUNK) for scales (K, C, 1) and integers (K, C, CHUNK), all float32."""
 
     def encode(self, pieces: Tensor, random: torch.Generator) -> Tensor:
         """Scales, then packed integers."""
@@ -196,7 +212,7 @@ class ScaledCodec(Codec):
         num_chunks = math.ceil(size / CHUNK)
         scales, packed = codes.split([4 * num_chunks, codes.shape[1] - 4 * num_chunks], 1)
         integers = _padded(unpack(packed, self.bits), num_chunks * CHUNK).view(len(codes), num_chunks, CHUNK)
-        values = self.dequantize(from_bytes(scales, torch.float32)[..., None], integers)
+        values = self.dequantize(from_bytes(scales, torch.float32)[..., None], integers.float())
         return values.flatten(1)[:, :size]
 
 
@@ -227,7 +243,7 @@ class Sparse(Compressor):
 
 
 class Adasum(Compressor):
-    """The ranks' gradients by adaptive summation, in two phases; the dot products of a round are one small allreduce."""
+    """The ranks' gradients by adaptive summation, in two phases; the dot products of a round are one message."""
 
     def exchange(self, values: Tensor, step: int) -> Exchange:
         """See common/compression.py, adasum(); values are a rank's own mean gradient."""
@@ -249,9 +265,7 @@ class Adasum(Compressor):
                 for of_pair in sums.view(len(pairs), 3, -1).transpose(1, 2).tolist()
             ]
             factors = values.new_tensor(weights)[:, gradient]  # (pairs, size, 2)
-            combined = [
-                factor[:, 0] * a + factor[:, 1] * b for (a, b), factor in zip(pairs, factors, strict=True)
-            ]
+            combined = [factor[:, 0] * a + factor[:, 1] * b for (a, b), factor in zip(pairs, factors, strict=True)]
             level = combined + level[2 * len(pairs) :]
         summed = yield channel.allgather(level[0])
         return summed[: len(values)], torch.zeros(())
@@ -263,21 +277,17 @@ class ErrorFeedback(Compressor):
     def __init__(self, inner: Compressor) -> None:
         super().__init__(CompressionConfig("error_feedback"), inner.unit)
         self._inner = inner
-        self.residual = self._next = inner.unit.new_zeros()
+        self._residual = self._error = inner.unit.new_zeros()
+        self.kept = {"residual": self._residual, **inner.kept}
 
     def exchange(self, values: Tensor, step: int) -> Exchange:
         """Exchanges the corrected values."""
-        summed, self._next = yield from self._inner.exchange(values + self.residual, step)
-        return summed, self._next
+        summed, self._error = yield from self._inner.exchange(values + self._residual, step)
+        return summed, self._error
 
-    def commit(self) -> None:
-        """Keeps the new residual."""
-        self.residual.copy_(self._next)
-        self._inner.commit()
-
-    def state(self) -> dict[str, list[Tensor]]:
-        """The residual."""
-        return {"residual": self.unit.split(self.residual), **self._inner.state()}
+    def left(self) -> list[Tensor]:
+        """The error, and what the inner one has left."""
+        return [self._error, *self._inner.left()]
 
 
 class TwoLevel(Compressor):
@@ -286,6 +296,7 @@ class TwoLevel(Compressor):
     def __init__(self, inner: Compressor, host: Channel, is_first: bool) -> None:
         super().__init__(CompressionConfig("two_level"), inner.unit)
         self._inner, self._host, self._is_first = inner, host, is_first
+        self.kept = inner.kept
 
     def exchange(self, values: Tensor, step: int) -> Exchange:
         """Allreduce in the host, the inner exchange, broadcast in the host."""
@@ -305,10 +316,6 @@ class TwoLevel(Compressor):
         """The inner one's, where it took part."""
         if self._is_first:
             self._inner.commit()
-
-    def state(self) -> dict[str, list[Tensor]]:
-        """The inner one's; zeros where it takes no part."""
-        return self._inner.state()
 
 
 def build(cfg: LossyConfig, unit: Unit, topology: Topology) -> Compressor:
@@ -349,15 +356,16 @@ class Exchanges:
 def pack(integers: Tensor, bits: int) -> Tensor:
     """(K, P) integers below 2 ** bits -> (K, P * bits / 8) uint8; see common/compression.py."""
     shifts = bits * torch.arange(GROUP, device=integers.device)[:, None]
-    words = (integers.reshape(len(integers), GROUP, -1).long() << shifts).sum(1)
+    # Products, as PyTorch is slow to shift; in the highest bit they go over as a shift does.
+    words = (integers.reshape(len(integers), GROUP, -1).long() * (1 << shifts)).sum(1)
     return as_bytes(words).view(len(words), -1, GROUP)[..., :bits].flatten(1)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """The integers that pack() was given, int64."""
+    """The integers that pack() was given, uint8."""
     words = from_bytes(_padded(packed.reshape(len(packed), -1, bits), GROUP).flatten(1), torch.int64)
     shifts = bits * torch.arange(GROUP, device=packed.device)[:, None]
-    return (words[:, None] >> shifts & (2**bits - 1)).flatten(1)
+    return ((words[:, None] >> shifts).to(torch.uint8) & (2**bits - 1)).flatten(1)
 
 
 def as_bytes(rows: Tensor) -> Tensor:
@@ -378,6 +386,11 @@ def wire_dtype(values: WireValues) -> torch.dtype:
 def _padded(values: Tensor, size: int) -> Tensor:
     """The last dimension filled up with zeros to a size."""
     return torch.nn.functional.pad(values, (0, size - values.shape[-1]))
+
+
+def _flattened(kept: Iterable[Tensor | list[Tensor]]) -> Iterator[Tensor]:
+    for one in kept:
+        yield from one if isinstance(one, list) else [one]
 
 
 def where_positive(scales: Tensor) -> Tensor:

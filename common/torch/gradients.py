@@ -1,6 +1,6 @@
 """Gradients in flat buckets, summed over the replicas while backward still runs."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Self
 
@@ -79,7 +79,7 @@ class Gradients:
 
     def _make_buckets(self) -> None:
         places: dict[int, Tensor] = {}
-        owners = {}
+        owners: dict[int, int] = {}
         for number, bucket in enumerate(self.buckets):
             members = [self._parameters[index] for index in bucket.members]
             lengths = [member.numel() for member in members]
@@ -98,18 +98,16 @@ class Gradients:
             parameter.register_post_accumulate_grad_hook(partial(self._finished_one, index, owners[index]))
 
     def _add_compressor(self, number: int, bucket: Bucket, shapes: list[tuple[int, ...]]) -> None:
-        ranks = range(self._topology.world_size)
-        if isinstance(self._compression, LossyConfig) and self._compression.two_level:
-            between_hosts = self._topology.first_ranks_of_hosts
-        else:
-            between_hosts = ranks
+        ranks: Sequence[int] = range(self._topology.world_size)
         name, device = f"gradients.{number}", self._riders.device
         everyone = Unit(number, shapes, Channel(name, runtime.process_set(ranks)), self._seed, device)
         self._dense.append(Dense(NO_COMPRESSION, everyone))
         if bucket.method == ReduceOp.adasum.name:
             self._compressors[number] = Adasum(NO_COMPRESSION, everyone)
-        elif bucket.method != NO_COMPRESSION.name:
-            channel = Channel(f"{name}.{bucket.method}", runtime.process_set(between_hosts))
+        elif isinstance(self._compression, LossyConfig) and bucket.method != NO_COMPRESSION.name:
+            if self._compression.two_level:
+                ranks = self._topology.first_ranks_of_hosts
+            channel = Channel(f"{name}.{bucket.method}", runtime.process_set(ranks))
             unit = Unit(number, shapes, channel, self._seed, device)
             self._compressors[number] = compression.build(self._compression, unit, self._topology)
 
@@ -231,7 +229,7 @@ class Gradients:
         self._exchanges.start(number, compressor.exchange(self._messages[number], self.num_steps))
 
     def _finish_exchanges(self) -> list[Tensor]:
-        """Sends the buckets that hold a parameter which this backward did not reach, and waits for all; their errors."""
+        """Sends the buckets of parameters that this backward did not reach, and waits for all; their errors."""
         for parameter, view in zip(self._parameters, self._views, strict=False):
             if parameter.grad is None:
                 parameter.grad = view.zero_()

@@ -17,7 +17,6 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor, nn
 
-
 _process_sets: dict[tuple[int, ...], hvd.ProcessSet] = {}
 
 

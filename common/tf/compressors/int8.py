@@ -18,4 +18,4 @@ class Compressor(ScaledCodec):
 
     def dequantize(self, scales: tf.Tensor, integers: tf.Tensor) -> tf.Tensor:
         """Steps times the scale."""
-        return tf.cast(integers - 127, tf.float32) * scales
+        return (integers - 127) * scales

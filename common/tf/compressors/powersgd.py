@@ -17,14 +17,15 @@ class Compressor(Base):
         self._dtype = wire_dtype(cfg.values)
         random = np.random.default_rng((unit.seed, unit.number))
         columns = [matrix_shape(shape)[1] for shape in unit.shapes]
-        self.variables = [
+        self._factors = [
             tf.Variable(random.standard_normal((n, cfg.rank)).astype(np.float32), trainable=False) for n in columns
         ]
+        self.kept = {"factor": self._factors}
 
     def exchange(self, values: tf.Tensor, step: tf.Tensor) -> Exchanged:
         """Two allreduces: of the products with the factors, then of the new factors."""
         matrices = [tf.reshape(part, matrix_shape(part.shape)) for part in self.unit.split(values)]
-        products = self._sum([m @ q for m, q in zip(matrices, self.variables, strict=True)])
+        products = self._sum([m @ q for m, q in zip(matrices, self._factors, strict=True)])
         bases = [tf.linalg.qr(product).q for product in products]
         factors = self._sum([tf.transpose(m) @ p for m, p in zip(matrices, bases, strict=True)])
         summed = tf.concat([tf.reshape(p @ tf.transpose(q), [-1]) for p, q in zip(bases, factors, strict=True)], 0)
@@ -36,12 +37,3 @@ class Compressor(Base):
         received = tf.cast(self.unit.channel.allreduce(flat), tf.float32)
         parts = tf.split(received, [tensor.shape.num_elements() for tensor in tensors])
         return [tf.reshape(part, tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-
-    def state(self) -> dict[str, list[tf.Tensor]]:
-        """The factors."""
-        return {"factor": [variable.value() for variable in self.variables]}
-
-    def load(self, state: dict[str, list[np.ndarray]]) -> None:
-        """Takes them over."""
-        for variable, array in zip(self.variables, state["factor"], strict=True):
-            variable.assign(array)

@@ -19,7 +19,7 @@ class RandomRounding(ScaledCodec):
     def dequantize(self, scales: tf.Tensor, integers: tf.Tensor) -> tf.Tensor:
         """Steps times the scale over the number of steps."""
         steps = 2 ** (self.bits - 1) - 1
-        return tf.cast(integers - steps, tf.float32) * (scales / steps)
+        return (integers - steps) * (scales / steps)
 
 
 class Compressor(RandomRounding):

@@ -18,4 +18,4 @@ class Compressor(ScaledCodec):
 
     def dequantize(self, scales: tf.Tensor, integers: tf.Tensor) -> tf.Tensor:
         """The scale with its sign."""
-        return tf.where(integers > 0, scales, -scales)
+        return (2 * integers - 1) * scales

@@ -14,7 +14,7 @@ class Compressor(ScaledCodec):
     def quantize(self, chunks: Tensor, sizes: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """The scale is one step."""
         scales = chunks.abs().amax(-1) * (1 / 127)
-        return scales, torch.round(chunks / where_positive(scales)[..., None]) + 127
+        return scales, (torch.round(chunks / where_positive(scales)[..., None]) + 127).to(torch.uint8)
 
     def dequantize(self, scales: Tensor, integers: Tensor) -> Tensor:
         """Steps times the scale."""

@@ -19,13 +19,13 @@ class Compressor(Base):
         self._dtype = wire_dtype(cfg.values)
         random = unit.random(0)
         columns = [matrix_shape(shape)[1] for shape in unit.shapes]
-        self.factors = [torch.randn(n, cfg.rank, generator=random, device=unit.device) for n in columns]
-        self._next = self.factors
+        self._factors = [torch.randn(n, cfg.rank, generator=random, device=unit.device) for n in columns]
+        self.kept, self._next = {"factor": self._factors}, self._factors
 
     def exchange(self, values: Tensor, step: int) -> Exchange:
         """Two allreduces: of the products with the factors, then of the new factors."""
         matrices = [part.view(matrix_shape(part.shape)) for part in self.unit.split(values)]
-        products = yield from self._sum([m @ q for m, q in zip(matrices, self.factors, strict=True)])
+        products = yield from self._sum([m @ q for m, q in zip(matrices, self._factors, strict=True)])
         bases = [torch.linalg.qr(product).Q for product in products]
         self._next = yield from self._sum([m.T @ p for m, p in zip(matrices, bases, strict=True)])
         summed = torch.cat([(p @ q.T).flatten() for p, q in zip(bases, self._next, strict=True)])
@@ -38,11 +38,6 @@ class Compressor(Base):
         parts = received.split([tensor.numel() for tensor in tensors])
         return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
-    def commit(self) -> None:
-        """Keeps the new factors."""
-        for factor, new in zip(self.factors, self._next, strict=True):
-            factor.copy_(new)
-
-    def state(self) -> dict[str, list[Tensor]]:
-        """The factors."""
-        return {"factor": self.factors}
+    def left(self) -> list[Tensor]:
+        """The new factors."""
+        return self._next

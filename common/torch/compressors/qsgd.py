@@ -15,7 +15,7 @@ class RandomRounding(ScaledCodec):
         scales, steps = chunks.abs().amax(-1), 2 ** (self.bits - 1) - 1
         exact = chunks / where_positive(scales)[..., None] * steps
         uniforms = torch.rand(chunks.shape, generator=random, device=chunks.device)
-        return scales, torch.floor(exact + uniforms).clamp(-steps, steps) + steps
+        return scales, (torch.floor(exact + uniforms).clamp(-steps, steps) + steps).to(torch.uint8)
 
     def dequantize(self, scales: Tensor, integers: Tensor) -> Tensor:
         """Steps times the scale over the number of steps."""

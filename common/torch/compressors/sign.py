@@ -14,8 +14,8 @@ class Compressor(ScaledCodec):
     def quantize(self, chunks: Tensor, sizes: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """The scale is the mean magnitude."""
         scales = chunks.abs().sum(-1, dtype=torch.float64) / sizes
-        return scales.float(), chunks >= 0
+        return scales.float(), (chunks >= 0).to(torch.uint8)
 
     def dequantize(self, scales: Tensor, integers: Tensor) -> Tensor:
         """The scale with its sign."""
-        return torch.where(integers > 0, scales, -scales)
+        return (2 * integers - 1) * scales

@@ -1,0 +1,94 @@
+"""Compressed gradients in recipes, from the command line."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from common.checkpoint import newest
+from tests.launch import FRAMEWORKS, ROOT, horovodrun, read_events, run
+from tests.test_recipes import SMALL, losses
+
+import numpy as np
+import pytest
+
+STEPS = ["train.max_steps=20", "train.log_every=1"]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_the_compressor_of_the_documentation_trains(framework: str, tmp_path: Path) -> None:
+    for folder in ("common", "conf", "recipes"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    files = re.findall(r"^`(\S+)`\n\n```\w+\n(.*?)^```$", (ROOT / "docs/compression.md").read_text(), re.M | re.S)
+    assert len(files) == 3
+    for path, content in files:
+        (tmp_path / path).write_text(content)
+    overrides = ["compression=block_mean", "compression.options.size=2", "compression.min_numel=0", *STEPS]
+    job = horovodrun(2, "-m", f"recipes.mnist_mlp_{framework}", "run.dir=out", *overrides, cwd=tmp_path)
+    assert job.returncode == 0, job.stdout
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["wire_bytes_per_step"] == pytest.approx(summary["dense_bytes_per_step"] / 2, rel=1e-4)
+    assert losses(read_events(tmp_path / "out"))[20] < 1.5
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_two_levels_compress_between_hosts(framework: str, tmp_path: Path) -> None:
+    # Two names of this machine are two hosts to Horovod.
+    curves, sent = {}, {}
+    for two_level in ("false", "true"):
+        folder = tmp_path / two_level
+        overrides = ["compression=int8", f"compression.two_level={two_level}", *STEPS, f"run.dir={folder}"]
+        hosts = ["-H", "localhost:2,127.0.0.1:2"]
+        job = horovodrun(4, "-m", f"recipes.mnist_mlp_{framework}", *SMALL["mnist_mlp"], *overrides, options=hosts)
+        assert job.returncode == 0, job.stdout
+        curves[two_level] = losses(read_events(folder))
+        summary = json.loads((folder / "summary.json").read_text())
+        sent[two_level] = summary["buckets"][0]["wire_bytes_per_step"]
+        values = summary["buckets"][0]["num_values"]
+    assert curves["true"] == pytest.approx(curves["false"], rel=0.01)
+    piece = 8 * -(-values // 2 // 8)
+    assert sent["true"] == pytest.approx(2 * 4 * values + 2 * (piece + 4 * -(-piece // 1024)), abs=16)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_residuals_go_on_at_another_number_of_ranks(framework: str, tmp_path: Path) -> None:
+    command = ["-m", f"recipes.mnist_mlp_{framework}", *SMALL["mnist_mlp"], "compression=topk", "train.log_every=1"]
+    first = horovodrun(2, *command, f"run.dir={tmp_path / 'first'}", "train.max_steps=10")
+    assert first.returncode == 0, first.stdout
+    start, _ = newest(tmp_path / "first")
+    assert start is not None
+    (name,) = (name for name in start.gradients if name.startswith("1.weight"))
+    assert np.abs(start.gradients[name]).sum() > 0
+    changes = ["train.max_steps=11", "resume.allow_changes=[train.max_steps]", f"resume={tmp_path / 'first'}"]
+    sums = []
+    for num_ranks in (1, 4):
+        folder = tmp_path / str(num_ranks)
+        job = horovodrun(num_ranks, *command, f"run.dir={folder}", *changes)
+        assert job.returncode == 0, job.stdout
+        checkpoint, _ = newest(folder)
+        assert checkpoint is not None
+        # What the optimizer was given and what is left add up to the old residual and the same new gradient.
+        given = checkpoint.moments["1.weight.momentum"] - 0.9 * start.moments["1.weight.momentum"]
+        sums.append(given + checkpoint.gradients[name])
+    np.testing.assert_allclose(sums[0], sums[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_auto_says_what_it_measured_and_goes_on_with_its_choice(framework: str, tmp_path: Path) -> None:
+    command = ["-m", f"recipes.mnist_mlp_{framework}", *SMALL["mnist_mlp"], f"run.dir={tmp_path}", "compression=auto"]
+    candidates = "compression.candidates=[sign,none]"
+    job = horovodrun(2, *command, candidates, "compression.min_gain=0.99", "train.max_steps=3", *STEPS[1:])
+    assert job.returncode == 0, job.stdout
+    for part in ("compression=auto: latency", "sign       step", "none       step", "compression=sign: no other saves"):
+        assert part in job.stdout
+    config = (tmp_path / "config.yaml").read_text()
+    assert "name: sign" in config
+
+
+def test_the_commands_of_the_page_are_known() -> None:
+    text = (ROOT / "docs/compression.md").read_text()
+    commands = re.findall(r"^    horovodrun -np \d python -m (recipes\.\S+) (.*)$", text, re.M)
+    assert len(commands) >= 4
+    for module, overrides in commands[:-1]:  # the last one is run above
+        job = run(["python", "-m", module, "--help", *overrides.split()])
+        assert job.returncode == 0, job.stdout
