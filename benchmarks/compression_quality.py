@@ -37,7 +37,7 @@ SIDES: dict[str, tuple[str, ...]] = {
 }
 # Deep gradient compression has a momentum of its own, in place of SGD's; beside Adam it has none.
 DGC = {
-    "mnist_cnn": ("optimizer.momentum=0", "train.clip_norm=0"),
+    "mnist_cnn": ("optimizer.momentum=0",),
     "transformer_lm": ("compression.momentum=0",),
 }
 

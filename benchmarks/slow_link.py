@@ -58,7 +58,11 @@ METHODS = ("fp16", "bf16", "int8", "qsgd", "terngrad", "sign", "topk", "randomk"
 # Side of ours -> overrides of the recipe's configuration.
 OURS: dict[str, tuple[str, ...]] = {"none": (), **{method: (f"compression={method}",) for method in METHODS}}
 # Case, side -> overrides that the side needs in this case only.
-OURS_IN_CASE = {("mnist_mlp", "dgc"): ("optimizer.momentum=0",)}  # it has a momentum of its own
+# Deep gradient compression has a momentum of its own in place of SGD's; beside Adam it has none.
+OURS_IN_CASE = {
+    ("mnist_mlp", "dgc"): ("optimizer.momentum=0",),
+    ("transformer_lm", "dgc"): ("compression.momentum=0",),
+}
 SIDES = [*PEERS, *OURS]
 
 PREFIX = "horovod-slow-link-"  # of the names of all that is made here

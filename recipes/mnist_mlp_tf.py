@@ -25,7 +25,7 @@ from common.tf import optimizers, precision, runtime
 from common.tf.auto import choose_compression
 from common.tf.checkpoint import State
 from common.tf.classification import evaluate, sum_of_losses
-from common.tf.gradients import Gradients, clip_global_norm, forward_backward
+from common.tf.gradients import Gradients, forward_backward
 from common.tf.layers import gelu
 from common.validation import validate
 
@@ -75,7 +75,7 @@ def make_train_step(
         parts, scale = cfg.parallel.num_micro_batches, gradients.loss_scale
         loss, grads = forward_backward(model, loss_function, inputs, targets, parts, global_size, scale)
         sums, grads = gradients.exchange(grads, loss, stop, tf.shape(inputs)[0] / global_size)
-        grads = clip_global_norm(grads, cfg.train.clip_norm)
+        grads = gradients.clip_global_norm(grads, cfg.train.clip_norm)
         optimizers.apply(optimizer, grads, model, sums)
         return sums
 

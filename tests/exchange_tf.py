@@ -43,7 +43,12 @@ class Exchange:
     def step(self, arrays: Sequence[np.ndarray]) -> tuple[StepSums, list[np.ndarray]]:
         """Exchanges this rank's gradients."""
         sums, gradients = self._step([tf.constant(array) for array in arrays])
+        self.received = gradients
         return sums, [gradient.numpy() for gradient in gradients]
+
+    def clipped(self, max_norm: float) -> np.ndarray:
+        """The first of the exchanged gradients after clipping."""
+        return self.gradients.clip_global_norm(self.received, max_norm)[0].numpy()
 
     def state(self) -> dict[str, list[np.ndarray]]:
         """This rank's compressor state, a list over the weights."""

@@ -31,6 +31,11 @@ class Exchange:
         sum(terms).backward()
         return self.gradients.wait(), [weight.grad.numpy().copy() for weight in self.model]
 
+    def clipped(self, max_norm: float) -> np.ndarray:
+        """The first of the exchanged gradients after clipping."""
+        self.gradients.clip_global_norm(max_norm)
+        return next(iter(self.model)).grad.numpy()
+
     def state(self) -> dict[str, list[np.ndarray]]:
         """This rank's compressor state, a list over the weights."""
         return {

@@ -28,7 +28,8 @@ def test_the_compressor_of_the_documentation_trains(framework: str, tmp_path: Pa
     assert job.returncode == 0, job.stdout
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["wire_bytes_per_step"] == pytest.approx(summary["dense_bytes_per_step"] / 2, rel=1e-4)
-    assert losses(read_events(tmp_path / "out"))[20] < 1.5
+    curve = losses(read_events(tmp_path / "out"))
+    assert curve[20] < 0.9 * curve[1]
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)

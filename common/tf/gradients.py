@@ -6,6 +6,7 @@ from typing import Self
 
 from common import buckets
 from common.buckets import Bucket
+from common.compression import local_clip_norm
 from common.config import CompressionConfig, LossyConfig, ReduceOp, RunConfig
 from common.precision import LossScale
 from common.step_sums import NUM_RIDERS, StepSums
@@ -95,6 +96,7 @@ class Gradients:
         compression: what is done to gradients before they travel.
         op: how the ranks' gradients become one.
         loss_scale: that the losses are multiplied with at first.
+        clip_norm: with error feedback, what clip_global_norm would keep afterwards: each rank clips its part before.
         seed: of the compressors' random numbers.
         dtype: of the gradients.
         bucket_bytes: largest size of a bucket of several gradients.
@@ -108,6 +110,7 @@ class Gradients:
         compression: CompressionConfig = NO_COMPRESSION,
         op: ReduceOp = ReduceOp.average,
         loss_scale: LossScale | None = None,
+        clip_norm: float = 0.0,
         seed: int = 0,
         dtype: str = "float32",
         bucket_bytes: int = buckets.BUCKET_BYTES,
@@ -115,6 +118,8 @@ class Gradients:
         self._topology = topology
         self._measure_noise = measure_noise
         self._compression, self._op, self._seed = compression, op, seed
+        has_feedback = isinstance(compression, LossyConfig) and compression.error_feedback
+        self._local_clip_norm = local_clip_norm(clip_norm, topology.num_replicas) if has_feedback else 0.0
         self._loss_scale = loss_scale or LossScale()
         self._dtype = tf.as_dtype(dtype)
         # Steps made, loss scale, and steps since it changed; the same on all ranks.
@@ -131,8 +136,17 @@ class Gradients:
     def of(cls, cfg: RunConfig, model: keras.Model, topology: Topology) -> Self:
         """The gradients of a recipe's model."""
         shapes = [variable.shape for variable in model.trainable_variables]
-        noise, scale = cfg.train.measures_noise, LossScale.of(cfg.precision)
-        return cls(shapes, topology, noise, cfg.compression, cfg.op, scale, cfg.seed, cfg.precision.dtype.name)
+        return cls(
+            shapes,
+            topology,
+            cfg.train.measures_noise,
+            cfg.compression,
+            cfg.op,
+            LossScale.of(cfg.precision),
+            cfg.train.clip_norm,
+            cfg.seed,
+            cfg.precision.dtype.name,
+        )
 
     def _add_compressor(self, number: int, bucket: Bucket) -> None:
         ranks: Sequence[int] = range(self._topology.world_size)
@@ -169,6 +183,7 @@ class Gradients:
         share, zero = tf.cast(share, self._dtype), tf.zeros((), self._dtype)
         gradients = [gradient / self.loss_scale for gradient in gradients] if self._loss_scale.is_dynamic else gradients
         overflow = tf.cast(~all_finite(gradients), self._dtype) if self._loss_scale.is_dynamic else zero
+        gradients = clip_global_norm(gradients, self._local_clip_norm)
         # The gradients are sums over this rank's examples, divided by the global batch's size.
         squares = tf.math.divide_no_nan(squared_norm(gradients), share**2) if self._measure_noise else zero
         loss, stop = tf.cast(loss, self._dtype), tf.cast(stop, self._dtype)
@@ -187,6 +202,10 @@ class Gradients:
         cosine, residual_norm = self._health(sent, results)
         measures = (measured, bytes_sent, cosine, residual_norm, loss_scale)
         return StepSums(loss, stop, local_squares, overflow, *measures), list(gradients)
+
+    def clip_global_norm(self, gradients: Sequence[tf.Tensor], max_norm: float) -> list[tf.Tensor]:
+        """The exchanged gradients, clipped; with error feedback the ranks have clipped their parts before."""
+        return clip_global_norm(gradients, 0.0 if self._local_clip_norm else max_norm)
 
     def state(self) -> dict[str, dict[int, tf.Tensor]]:
         """The compressors' state by name and variable's index; this rank's alone."""

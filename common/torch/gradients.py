@@ -6,6 +6,7 @@ from typing import Self
 
 from common import buckets, stopping
 from common.buckets import Bucket
+from common.compression import local_clip_norm
 from common.config import CompressionConfig, LossyConfig, ReduceOp, RunConfig
 from common.precision import LossScale
 from common.step_sums import NUM_RIDERS, StepSums
@@ -34,6 +35,7 @@ class Gradients:
         compression: what is done to gradients before they travel.
         op: how the ranks' gradients become one.
         loss_scale: that the losses are multiplied with.
+        clip_norm: with error feedback, what clip_global_norm would keep afterwards: each rank clips its part before.
         seed: of the compressors' random numbers.
         bucket_bytes: largest size of a bucket of several gradients.
     """
@@ -46,6 +48,7 @@ class Gradients:
         compression: CompressionConfig = NO_COMPRESSION,
         op: ReduceOp = ReduceOp.average,
         loss_scale: LossScale | None = None,
+        clip_norm: float = 0.0,
         seed: int = 0,
         bucket_bytes: int = buckets.BUCKET_BYTES,
     ) -> None:
@@ -53,6 +56,8 @@ class Gradients:
         self._measure_noise = measure_noise
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._compression, self._op, self._seed = compression, op, seed
+        has_feedback = isinstance(compression, LossyConfig) and compression.error_feedback
+        self._local_clip_norm = local_clip_norm(clip_norm, topology.num_replicas) if has_feedback else 0.0
         self.loss_scale = loss_scale or LossScale()
         self.num_steps = 0
         shapes = [tuple(parameter.shape) for parameter in self._parameters]
@@ -75,7 +80,7 @@ class Gradients:
     def of(cls, cfg: RunConfig, model: nn.Module, topology: Topology) -> Self:
         """The gradients of a recipe's model."""
         noise, scale = cfg.train.measures_noise, LossScale.of(cfg.precision)
-        return cls(model.parameters(), topology, noise, cfg.compression, cfg.op, scale, cfg.seed)
+        return cls(model.parameters(), topology, noise, cfg.compression, cfg.op, scale, cfg.train.clip_norm, cfg.seed)
 
     def _make_buckets(self) -> None:
         places: dict[int, Tensor] = {}
@@ -155,14 +160,18 @@ class Gradients:
     def clip_global_norm(self, max_norm: float) -> None:
         """Scales the gradients down to a global L2 norm of max_norm where theirs is larger; 0: leaves them alone.
 
+        With error feedback the ranks have clipped their parts before, and nothing is done.
+
         Source: Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks", 2013,
         https://arxiv.org/abs/1211.5063 (algorithm 1)
         """
-        if max_norm:
-            norm = nn.utils.get_total_norm(self._all_values())
-            if norm > max_norm:
-                for values in self._all_values():
-                    values.mul_(max_norm / norm)
+        if not self._local_clip_norm:
+            self._clip(max_norm)
+
+    def _clip(self, max_norm: float) -> None:
+        norm = nn.utils.get_total_norm(self._all_values()) if max_norm else 0.0
+        if norm > max_norm:
+            torch._foreach_mul_(self._all_values(), max_norm / norm)
 
     def state(self) -> dict[str, dict[int, Tensor]]:
         """The compressors' state by name and parameter's index; views, this rank's alone."""
@@ -208,8 +217,10 @@ class Gradients:
             parameter.grad = view.copy_(parameter.grad)
         if self._last_backward:
             self._waiting[number] -= 1
-            # Whether there was an overflow is known when all buckets but the last have been looked at.
-            is_held_back = self.loss_scale.is_dynamic and number == len(self.buckets) - 1
+            # Whether there was an overflow is known when all buckets but the last have been looked at, and the norm
+            # when all are there.
+            is_last = number == len(self.buckets) - 1
+            is_held_back = self._local_clip_norm or (self.loss_scale.is_dynamic and is_last)
             if not self._waiting[number] and not is_held_back:
                 self._send(number)
 
@@ -233,6 +244,8 @@ class Gradients:
         for parameter, view in zip(self._parameters, self._views, strict=False):
             if parameter.grad is None:
                 parameter.grad = view.zero_()
+        if self._local_clip_norm:
+            self._clip(self._local_clip_norm * self.loss_scale.value)
         for number in range(len(self._values)):
             if number not in self._sent:
                 self._send(number)
