@@ -142,7 +142,7 @@ class Head(keras.Layer):
         if not self.tied:
             return self.projection(x)
         # One product of matrices, also backward; tf.einsum("...w,vw->...v") makes the whole step several times slower.
-        return tf.tensordot(x, self.token.embeddings, [[-1], [1]])
+        return tf.tensordot(x, tf.cast(self.token.embeddings, x.dtype), [[-1], [1]])
 
 
 class Decoder:
