@@ -58,11 +58,6 @@ METHODS = ("fp16", "bf16", "int8", "qsgd", "terngrad", "sign", "topk", "randomk"
 # Side of ours -> overrides of the recipe's configuration.
 OURS: dict[str, tuple[str, ...]] = {"none": (), **{method: (f"compression={method}",) for method in METHODS}}
 # Case, side -> overrides that the side needs in this case only.
-# Deep gradient compression has a momentum of its own in place of SGD's; beside Adam it has none.
-OURS_IN_CASE = {
-    ("mnist_mlp", "dgc"): ("optimizer.momentum=0",),
-    ("transformer_lm", "dgc"): ("compression.momentum=0",),
-}
 SIDES = [*PEERS, *OURS]
 
 PREFIX = "horovod-slow-link-"  # of the names of all that is made here
@@ -277,7 +272,7 @@ def one_block(name: str, side: str, folder: Path) -> tuple[float, float]:
 
     case, trainer = CASES[name], side
     if side in OURS:
-        overrides = (*case.overrides, *OURS[side], *OURS_IN_CASE.get((name, side), ()))
+        overrides = (*case.overrides, *OURS[side])
         case, trainer = dataclasses.replace(case, overrides=overrides), "ours"
     counts: list[int] = []
     with (

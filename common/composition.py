@@ -95,7 +95,17 @@ def compose(task: str, overrides: Sequence[str]) -> RunConfig:
         raise ConfigError([f"{override}: {problem}" for override, problem in problems.items()])
     if not isinstance(cfg, RunConfig):
         raise TypeError(f"conf/{task}.yaml does not start from a schema")
+    _move_momentum(cfg)
     return cfg
+
+
+def _move_momentum(cfg: RunConfig) -> None:
+    """Gives deep gradient compression, which keeps a velocity on each rank, the optimizer's momentum."""
+    compression, optimizer = cfg.compression, cfg.optimizer
+    if isinstance(compression, config.DGCConfig) and compression.momentum is None:
+        compression.momentum = 0.0
+        if isinstance(optimizer, config.SGDConfig):
+            compression.momentum, optimizer.momentum = optimizer.momentum, 0.0
 
 
 def option(group: str, name: str) -> Any:

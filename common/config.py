@@ -364,8 +364,8 @@ class SparseConfig(LossyConfig):
 class DGCConfig(SparseConfig):
     """Deep gradient compression."""
 
-    momentum: float = MISSING
-    """Of each rank's own velocity, in place of the optimizer's momentum; 0: none."""
+    momentum: float | None = MISSING
+    """Of each rank's own velocity; null: the optimizer's, which then has none itself."""
     warmup_steps: int = MISSING
     """Steps in which the share of values falls from a quarter to the ratio."""
 

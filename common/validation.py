@@ -165,8 +165,8 @@ def _dgc_problems(compression: DGCConfig, cfg: RunConfig) -> Iterator[str]:
         yield "compression.error_feedback=false: dgc is its residual; use compression=topk to see what it does without"
     if isinstance(optimizer, SGDConfig) and compression.momentum and optimizer.momentum:
         yield (
-            f"optimizer.momentum={optimizer.momentum}: dgc has a velocity of its own in its place; use "
-            "optimizer.momentum=0, or compression.momentum=0"
+            f"optimizer.momentum={optimizer.momentum}: dgc has a velocity of its own in its place; leave "
+            "compression.momentum out, or use optimizer.momentum=0"
         )
     if not isinstance(optimizer, SGDConfig) and compression.momentum:
         yield (

@@ -19,7 +19,9 @@ CODECS = {"fp16": rules.Float16(), "bf16": rules.BFloat16(), "int8": rules.Int8(
 SIZE = 5003  # neither chunks nor pieces of it are whole
 SHAPES = [(60, 50), (50,), (50, 40), (3, 3, 20, 30)]
 
-pytestmark = pytest.mark.ranks(2, 3, 4)
+at_2_3_4 = pytest.mark.ranks(2, 3, 4)
+at_2 = pytest.mark.ranks(2)
+at_1_2_4 = pytest.mark.ranks(1, 2, 4)
 
 
 @pytest.fixture
@@ -51,6 +53,7 @@ def coarse_vectors(num_ranks: int, step: int = 0) -> list[np.ndarray]:
     return [(random.permutation(SIZE) * sign / 64).astype(np.float32) for sign in signs]
 
 
+@at_2_3_4
 @pytest.mark.parametrize("name", CODECS)
 def test_dense_codes_are_those_of_numpy_bit_by_bit(
     binding: ModuleType, runtime: ModuleType, num_ranks: int, name: str
@@ -67,6 +70,7 @@ def test_dense_codes_are_those_of_numpy_bit_by_bit(
         np.testing.assert_array_equal(exchange.state()["residual"][0], residuals[topology.rank])
 
 
+@at_2_3_4
 @pytest.mark.parametrize("values", WireValues)
 def test_top_k_is_that_of_numpy_bit_by_bit(
     binding: ModuleType, runtime: ModuleType, num_ranks: int, values: WireValues
@@ -84,6 +88,7 @@ def test_top_k_is_that_of_numpy_bit_by_bit(
         np.testing.assert_array_equal(exchange.state()["residual"][0], residuals[topology.rank])
 
 
+@at_2_3_4
 def test_dgc_is_that_of_numpy(binding: ModuleType, runtime: ModuleType, num_ranks: int) -> None:
     topology = runtime.init()
     cfg = method("dgc", ratio=0.01, warmup_steps=4)
@@ -99,6 +104,7 @@ def test_dgc_is_that_of_numpy(binding: ModuleType, runtime: ModuleType, num_rank
             np.testing.assert_allclose(exchange.state()[name][0], value, rtol=1e-5, atol=1e-8)
 
 
+@at_2_3_4
 @pytest.mark.parametrize("error_feedback", [True, False])
 def test_random_k_sums_the_same_places_of_all_ranks(
     binding: ModuleType, runtime: ModuleType, num_ranks: int, error_feedback: bool
@@ -121,6 +127,7 @@ def test_random_k_sums_the_same_places_of_all_ranks(
     assert not np.array_equal(np.flatnonzero(another), places)  # others in the next step
 
 
+@at_2
 def test_with_error_feedback_each_rank_clips_before(binding: ModuleType, runtime: ModuleType, num_ranks: int) -> None:
     topology = runtime.init()
     exchange = binding.Exchange([(SIZE,)], topology, compression=method("topk"), clip_norm=0.5)
@@ -133,6 +140,7 @@ def test_with_error_feedback_each_rank_clips_before(binding: ModuleType, runtime
     np.testing.assert_array_equal(exchange.clipped(1e-6), received)  # and not again
 
 
+@at_2_3_4
 def test_power_sgd_is_that_of_numpy(binding: ModuleType, runtime: ModuleType, num_ranks: int) -> None:
     topology = runtime.init()
     exchange = binding.Exchange([(60, 50)], topology, compression=method("powersgd", rank=2))
@@ -147,6 +155,7 @@ def test_power_sgd_is_that_of_numpy(binding: ModuleType, runtime: ModuleType, nu
         np.testing.assert_allclose(exchange.state()["residual"][0], residuals[topology.rank], atol=2e-5)
 
 
+@at_2_3_4
 def test_adasum_is_that_of_numpy(binding: ModuleType, runtime: ModuleType, num_ranks: int) -> None:
     topology = runtime.init()
     exchange = binding.Exchange(SHAPES, topology, op=ReduceOp.adasum)
@@ -159,6 +168,7 @@ def test_adasum_is_that_of_numpy(binding: ModuleType, runtime: ModuleType, num_r
         np.testing.assert_allclose(array, expected, atol=1e-6)
 
 
+@at_2
 @pytest.mark.parametrize("cfg", [("qsgd", 2), ("qsgd", 3), ("qsgd", 8), ("terngrad", 0.0)], ids=str)
 def test_random_codes_are_right_on_average(binding: ModuleType, runtime: ModuleType, cfg: tuple[str, float]) -> None:
     name, value = cfg
@@ -173,6 +183,7 @@ def test_random_codes_are_right_on_average(binding: ModuleType, runtime: ModuleT
     assert len(np.unique(draws.round(5))) <= 2**bits - 1
 
 
+@at_2_3_4
 @pytest.mark.parametrize(
     ("name", "scope"), [*((name, Scope.bucket) for name in METHODS), ("sign", Scope.layer), ("topk", Scope.layer)]
 )
@@ -208,6 +219,7 @@ def code_bytes(bits: int, num_values: int, num_ranks: int) -> int:
     return 2 * (num_ranks - 1) * (piece * bits // 8 + (4 * math.ceil(piece / 1024) if bits < 16 else 0))
 
 
+@at_2_3_4
 @pytest.mark.parametrize("name", METHODS)
 def test_bytes_on_the_wire(binding: ModuleType, runtime: ModuleType, num_ranks: int, name: str) -> None:
     topology = runtime.init()
@@ -230,6 +242,7 @@ def test_bytes_on_the_wire(binding: ModuleType, runtime: ModuleType, num_ranks: 
         assert sent == pytest.approx(expected.get(name, ring * 4 * elements), abs=2)
 
 
+@at_2
 def test_small_weights_and_first_steps_travel_uncompressed(
     binding: ModuleType, runtime: ModuleType, num_ranks: int
 ) -> None:
@@ -247,6 +260,7 @@ def test_small_weights_and_first_steps_travel_uncompressed(
         np.testing.assert_array_equal(received[1], sum(of_rank[1] for of_rank in of_ranks))
 
 
+@at_2
 def test_health_tells_how_far_the_applied_gradient_is_from_the_true_one(
     binding: ModuleType, runtime: ModuleType, num_ranks: int
 ) -> None:
@@ -261,6 +275,7 @@ def test_health_tells_how_far_the_applied_gradient_is_from_the_true_one(
     assert float(sums.residual_norm) == pytest.approx(math.sqrt(sum((error**2).sum() for error in errors)), rel=1e-4)
 
 
+@at_1_2_4
 @pytest.mark.parametrize("name", ["topk", "dgc", "powersgd"])
 def test_a_checkpoint_keeps_what_is_summed_at_any_number_of_ranks(
     binding: ModuleType, runtime: ModuleType, name: str
@@ -277,6 +292,7 @@ def test_a_checkpoint_keeps_what_is_summed_at_any_number_of_ranks(
         np.testing.assert_allclose(kept[key], array, rtol=1e-6)
 
 
+@at_2_3_4
 def test_an_overflow_on_one_rank_is_seen_by_all_and_keeps_the_state(
     binding: ModuleType, runtime: ModuleType, num_ranks: int
 ) -> None:

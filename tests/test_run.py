@@ -84,7 +84,7 @@ def test_a_run_that_goes_on_keeps_the_events_before_and_drops_those_after(tmp_pa
     assert [json.loads(line)["step"] for line in after] == [1, 2, 2]
     (file,) = (tmp_path / "tensorboard").iterdir()
     scalars = [event.step for event in EventFileLoader(str(file)).Load() for _ in event.summary.value]
-    assert scalars == [1, 1, 2, 2, 2]
+    assert scalars == [1, 1, 1, 2, 2, 2, 2]
     assert json.loads((tmp_path / "summary.json").read_text())["resumed_from_step"] == 1
 
 

@@ -26,7 +26,7 @@ class Compressor(Sparse):
 
     def exchange(self, values: tf.Tensor, step: tf.Tensor) -> Exchanged:
         """Momentum correction, and momentum factor masking of what was sent."""
-        velocity = self._cfg.momentum * self._velocity + values
+        velocity = (self._cfg.momentum or 0.0) * self._velocity + values
         before = self._residual + velocity
         result = super().exchange(before, step)
         return result._replace(state=[tf.where(result.error != before, 0.0, velocity), result.error])

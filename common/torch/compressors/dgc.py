@@ -24,7 +24,7 @@ class Compressor(Sparse):
 
     def exchange(self, values: Tensor, step: int) -> Exchange:
         """Momentum correction, and momentum factor masking of what was sent."""
-        velocity = self._cfg.momentum * self._velocity + values
+        velocity = (self._cfg.momentum or 0.0) * self._velocity + values
         before = self._residual + velocity
         summed, residual = yield from super().exchange(before.clone(), step)
         velocity[residual != before] = 0
