@@ -2,11 +2,15 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Protocol
 
-from common.config import RunConfig
+from common.agreement import Runtime
+from common.composition import option
+from common.config import AutoCompressionConfig, CompressionConfig, RunConfig
+from common.topology import Topology
 
 from omegaconf import OmegaConf
 
@@ -29,10 +33,45 @@ class Estimate:
     wire_bytes: float
 
 
-def earlier(cfg: RunConfig) -> str | None:
-    """The method that an interrupted run in the same folder had chosen."""
+class Measure(Protocol):
+    """What a binding's auto module measures, each on this rank."""
+
+    def compute_seconds(self) -> float:
+        """Forward and backward of one step."""
+
+    def estimate(self, method: str) -> Estimate:
+        """Exchanging a step's gradients with a method."""
+
+    def allreduce_seconds(self, num_values: int) -> float:
+        """Summing so many float32 values over the ranks."""
+
+
+def choose(cfg: RunConfig, measure: Measure, runtime: Runtime, topology: Topology) -> CompressionConfig:
+    """The configured compression, or in its place what auto finds best; rank 0 prints why.
+
+    A run that goes on in its folder has what it had chosen before.
+
+    Args:
+        cfg: the configuration, with run.dir set.
+        measure: how to measure.
+        runtime: how ranks agree.
+        topology: rank 0 reads and prints.
+    """
+    auto = cfg.compression
+    if not isinstance(auto, AutoCompressionConfig):
+        return auto
     path = Path(str(cfg.run.dir), "config.yaml")
-    return str(OmegaConf.load(path).compression.name) if path.exists() else None
+    name = runtime.from_rank_zero(str(OmegaConf.load(path).compression.name) if path.exists() else None)
+    if name is None:
+        # Rank 0's clock decides, so that all choose alike.
+        compute = runtime.from_rank_zero(measure.compute_seconds())
+        estimates = [Estimate(**runtime.from_rank_zero(asdict(measure.estimate(name)))) for name in auto.candidates]
+        latency, probe = (runtime.from_rank_zero(measure.allreduce_seconds(size)) for size in (1, PROBE_VALUES))
+        if topology.rank == 0:
+            print(report(estimates, compute, latency, probe, auto.min_gain), flush=True)
+        name = best(estimates, compute, auto.min_gain).method
+    chosen: CompressionConfig = option("compression", name)
+    return chosen
 
 
 def best(estimates: Sequence[Estimate], compute_seconds: float, min_gain: float) -> Estimate:

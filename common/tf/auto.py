@@ -1,10 +1,12 @@
 """compression=auto, measured in TensorFlow."""
 
+from dataclasses import dataclass
+
 from common import method_choice
 from common.composition import option
-from common.config import AutoCompressionConfig, CompressionConfig, RunConfig
+from common.config import CompressionConfig, RunConfig
 from common.datasets.examples import Examples
-from common.method_choice import PROBE_VALUES, Estimate, median_seconds
+from common.method_choice import Estimate, median_seconds
 from common.step_sums import StepSums
 from common.tf import runtime
 from common.tf.gradients import Gradients
@@ -17,60 +19,41 @@ import tensorflow as tf
 
 
 def choose_compression(cfg: RunConfig, model: keras.Model, examples: Examples, topology: Topology) -> CompressionConfig:
-    """The configured compression, or in its place what auto finds best; rank 0 prints why.
-
-    Args:
-        cfg: the configuration, with run.dir set.
-        model: whose gradients are exchanged.
-        examples: of which a step's forward and backward are timed.
-        topology: whose replicas take part.
-    """
-    auto = cfg.compression
-    if not isinstance(auto, AutoCompressionConfig):
-        return auto
-    name = runtime.from_rank_zero(method_choice.earlier(cfg))
-    if name is None:
-        compute = _mean_over_ranks(_compute_seconds(cfg, model, examples, topology))
-        estimates = [_estimate(method, model, topology) for method in auto.candidates]
-        latency, probe = (_mean_over_ranks(_allreduce_seconds(size)) for size in (1, PROBE_VALUES))
-        if topology.rank == 0:
-            print(method_choice.report(estimates, compute, latency, probe, auto.min_gain), flush=True)
-        name = method_choice.best(estimates, compute, auto.min_gain).method
-    chosen: CompressionConfig = option("compression", name)
-    return chosen
+    """common/method_choice.py, choose(), for a model's gradients; a step is timed on some of the examples."""
+    return method_choice.choose(cfg, _Measure(cfg, model, examples, topology), runtime, topology)
 
 
-def _compute_seconds(cfg: RunConfig, model: keras.Model, examples: Examples, topology: Topology) -> float:
-    batch = examples.take(np.arange(max(1, cfg.train.global_batch_size // topology.num_replicas)))
-    inputs = runtime.to_tensor(batch[0], cfg.precision)
-    weights = [variable.value for variable in model.trainable_variables]
+@dataclass(frozen=True)
+class _Measure:
+    cfg: RunConfig
+    model: keras.Model
+    examples: Examples
+    topology: Topology
 
-    @tf.function
-    def forward_backward() -> list[tf.Tensor]:
-        with tf.GradientTape() as tape:
-            outputs = tf.reduce_sum(model(inputs, training=True))
-        return tape.gradient(outputs, weights)
+    def compute_seconds(self) -> float:
+        batch_size = max(1, self.cfg.train.global_batch_size // self.topology.num_replicas)
+        inputs = runtime.to_tensor(self.examples.take(np.arange(batch_size))[0], self.cfg.precision)
+        weights = [variable.value for variable in self.model.trainable_variables]
 
-    return median_seconds(forward_backward)
+        @tf.function
+        def forward_backward() -> list[tf.Tensor]:
+            with tf.GradientTape() as tape:
+                outputs = tf.reduce_sum(self.model(inputs, training=True))
+            return tape.gradient(outputs, weights)
 
+        return median_seconds(forward_backward)
 
-def _estimate(method: str, model: keras.Model, topology: Topology) -> Estimate:
-    shapes = [variable.shape for variable in model.trainable_variables]
-    noise = [tf.random.normal(shape) for shape in shapes]
-    gradients = Gradients(shapes, topology, compression=option("compression", method))
+    def estimate(self, method: str) -> Estimate:
+        shapes = [variable.shape for variable in self.model.trainable_variables]
+        noise = [tf.random.normal(shape) for shape in shapes]
+        gradients = Gradients(shapes, self.topology, compression=option("compression", method))
 
-    @tf.function
-    def exchange() -> tuple[StepSums, list[tf.Tensor]]:
-        return gradients.exchange(noise, tf.zeros(()), tf.constant(False), tf.zeros(()))
+        @tf.function
+        def exchange() -> tuple[StepSums, list[tf.Tensor]]:
+            return gradients.exchange(noise, tf.zeros(()), tf.constant(False), tf.zeros(()))
 
-    return Estimate(method, _mean_over_ranks(median_seconds(exchange)), sum(map(float, exchange()[0].wire_bytes)))
+        return Estimate(method, median_seconds(exchange), sum(map(float, exchange()[0].wire_bytes)))
 
-
-def _allreduce_seconds(num_values: int) -> float:
-    values = tf.zeros(num_values)
-    return median_seconds(lambda: hvd.allreduce(values, name=f"probe.{num_values}", op=hvd.Sum))
-
-
-def _mean_over_ranks(value: float) -> float:
-    """The same on all ranks, so that all choose alike."""
-    return runtime.sum_over_ranks(value)[0] / hvd.size()
+    def allreduce_seconds(self, num_values: int) -> float:
+        values = tf.zeros(num_values)
+        return median_seconds(lambda: hvd.allreduce(values, name=f"probe.{num_values}", op=hvd.Sum))

@@ -353,18 +353,32 @@ class Exchanges:
         return results
 
 
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
+
+
+def _word_size(bits: int) -> int:
+    """Bytes of the smallest integer that has room for a group: words of 64 bits are slow where few will do."""
+    return next(size for size in _WORDS if size >= bits)
+
+
+def _place_values(bits: int, device: torch.device) -> Tensor:
+    """(GROUP, 1) what each integer of a group counts in its word; in the highest bit products go over as shifts do."""
+    return (1 << bits * torch.arange(GROUP, device=device)).to(_WORDS[_word_size(bits)])[:, None]
+
+
 def pack(integers: Tensor, bits: int) -> Tensor:
     """(K, P) integers below 2 ** bits -> (K, P * bits / 8) uint8; see common/compression.py."""
-    shifts = bits * torch.arange(GROUP, device=integers.device)[:, None]
-    # Products, as PyTorch is slow to shift; in the highest bit they go over as a shift does.
-    words = (integers.reshape(len(integers), GROUP, -1).long() * (1 << shifts)).sum(1)
-    return as_bytes(words).view(len(words), -1, GROUP)[..., :bits].flatten(1)
+    place_values = _place_values(bits, integers.device)
+    eighths = integers.reshape(len(integers), GROUP, -1).to(place_values.dtype)
+    words = (eighths * place_values).sum(1, dtype=place_values.dtype)
+    return as_bytes(words).view(len(words), -1, words.element_size())[..., :bits].flatten(1)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """The integers that pack() was given, uint8."""
-    words = from_bytes(_padded(packed.reshape(len(packed), -1, bits), GROUP).flatten(1), torch.int64)
-    shifts = bits * torch.arange(GROUP, device=packed.device)[:, None]
+    size = _word_size(bits)
+    words = from_bytes(_padded(packed.reshape(len(packed), -1, bits), size).flatten(1), _WORDS[size])
+    shifts = bits * torch.arange(GROUP, device=packed.device, dtype=words.dtype)[:, None]
     return ((words[:, None] >> shifts).to(torch.uint8) & (2**bits - 1)).flatten(1)
 
 

@@ -144,12 +144,13 @@ class Gradients:
         self._last_backward = False
         errors = self._finish_exchanges()
         loss, stop, local_squares, overflow = self._riders.clone()
-        if self._values:
-            self._keep_state(bool(overflow > 0))
-        elif self.loss_scale.is_dynamic:
-            overflow = self._unscaled_alone()
-        loss_scale = self.loss_scale.value
-        self.loss_scale.update(bool(overflow > 0))
+        loss_scale, is_skipped = self.loss_scale.value, False
+        if self.loss_scale.is_dynamic:
+            overflow = overflow if self._values else self._unscaled_alone()
+            is_skipped = bool(overflow > 0)
+            self.loss_scale.update(is_skipped)
+        if not is_skipped:
+            self._keep_state()
         zero = self._riders.new_zeros(())
         squares = sum((values.square().sum() for values in self._all_values()), zero) if self._measure_noise else zero
         bytes_sent = [self._compressor(number).num_bytes for number in range(len(self._values))]
@@ -217,11 +218,10 @@ class Gradients:
             parameter.grad = view.copy_(parameter.grad)
         if self._last_backward:
             self._waiting[number] -= 1
-            # Whether there was an overflow is known when all buckets but the last have been looked at, and the norm
-            # when all are there.
-            is_last = number == len(self.buckets) - 1
-            is_held_back = self._local_clip_norm or (self.loss_scale.is_dynamic and is_last)
-            if not self._waiting[number] and not is_held_back:
+            # The last bucket carries what is known when all others have been looked at, and a norm is known when all
+            # are there.
+            is_last_too_early = number == len(self.buckets) - 1 and len(self._sent) < number
+            if not self._waiting[number] and not is_last_too_early and not self._local_clip_norm:
                 self._send(number)
 
     def _send(self, number: int) -> None:
@@ -255,11 +255,10 @@ class Gradients:
                 self._messages[number].copy_(summed)
         return [error for _, error in results.values()]
 
-    def _keep_state(self, overflow: bool) -> None:
-        if not overflow:
-            for number, compressor in self._compressors.items():
-                if self._compressor(number) is compressor:
-                    compressor.commit()
+    def _keep_state(self) -> None:
+        for number, compressor in self._compressors.items():
+            if self._compressor(number) is compressor:
+                compressor.commit()
 
     def _unscaled_alone(self) -> Tensor:
         """Unscales the gradients of one rank alone; 1 if there was an overflow."""
