@@ -91,7 +91,7 @@ def test_top_k_is_that_of_numpy_bit_by_bit(
 @at_2_3_4
 def test_dgc_is_that_of_numpy(binding: ModuleType, runtime: ModuleType, num_ranks: int) -> None:
     topology = runtime.init()
-    cfg = method("dgc", ratio=0.01, warmup_steps=4)
+    cfg = method("dgc", ratio=0.01, warmup_steps=4, momentum=0.9)
     exchange = binding.Exchange([(SIZE,)], topology, compression=cfg)
     state: list[dict[str, np.ndarray]] = [{} for _ in range(num_ranks)]
     for step in range(6):
