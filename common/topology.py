@@ -57,7 +57,8 @@ class Topology:
 
     def process_sets(self, cfg: RunConfig) -> list[Sequence[int]]:
         """The sets of ranks, other than all, that exchange something among themselves; the same on every rank."""
-        if not (isinstance(cfg.compression, LossyConfig) and cfg.compression.two_level):
+        is_two_level = isinstance(cfg.compression, LossyConfig) and cfg.compression.two_level
+        if not is_two_level or self.local_size == self.world_size:
             return []
         starts = self.first_ranks_of_hosts
         return [*(range(start, start + self.local_size) for start in starts), starts]
