@@ -57,6 +57,7 @@ PEERS = (BASELINE, "ddp_fp16", "ddp_powersgd")
 METHODS = ("fp16", "bf16", "int8", "qsgd", "terngrad", "sign", "topk", "randomk", "dgc", "powersgd")
 # Side of ours -> overrides of the recipe's configuration.
 OURS: dict[str, tuple[str, ...]] = {"none": (), **{method: (f"compression={method}",) for method in METHODS}}
+OURS["dgc"] += ("compression.warmup_steps=0",)  # a block has fewer steps than its warm-up
 # Case, side -> overrides that the side needs in this case only.
 SIDES = [*PEERS, *OURS]
 

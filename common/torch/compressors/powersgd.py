@@ -29,7 +29,7 @@ class Compressor(Base):
         bases = [torch.linalg.qr(product).Q for product in products]
         self._next = yield from self._sum([m.T @ p for m, p in zip(matrices, bases, strict=True)])
         summed = torch.cat([(p @ q.T).flatten() for p, q in zip(bases, self._next, strict=True)])
-        return summed, values - summed / self.unit.channel.size
+        return summed, values.sub_(summed, alpha=1 / self.unit.channel.size)
 
     def _sum(self, tensors: list[Tensor]) -> Generator[int, Tensor, list[Tensor]]:
         """The sums of all tensors over the ranks, by one message."""
