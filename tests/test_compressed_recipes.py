@@ -43,7 +43,7 @@ def test_two_levels_compress_between_hosts(framework: str, tmp_path: Path, launc
     command = ["-m", f"recipes.mnist_mlp_{framework}", f"run.dir={tmp_path}", *SMALL["mnist_mlp"], *COMMON, *overrides]
     job = horovodrun(4, *command, options=hosts)
     assert job.returncode == 0, job.stdout
-    plain = losses(read_events(launches(framework, 4) / "test_a_short_run" / "mnist_mlp"))
+    plain = losses(read_events(launches(framework, 4) / "test_a_short_run" / "mnist_mlp"))  # of tests/test_recipes.py
     assert losses(read_events(tmp_path)) == pytest.approx(plain, rel=0.02)
     bucket = json.loads((tmp_path / "summary.json").read_text())["buckets"][0]
     piece = 8 * -(-bucket["num_values"] // 2 // 8)
