@@ -1,5 +1,6 @@
 """How ranks agree on whether to go on: what is wrong on one, all raise."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -54,17 +55,21 @@ def joint_check(gather: Callable[[Any], list[Any]]) -> Iterator[None]:
         raise ConfigError(list(dict.fromkeys(everyones))) from None
 
 
-def same_everywhere(digest: str, gather: Callable[[Any], list[Any]]) -> str:
-    """Returns the digest of the weights that all ranks hold.
+def same_in_groups(digest: str, groups: Sequence[Sequence[int]], gather: Callable[[Any], list[Any]]) -> str:
+    """Checks that the ranks of each group hold the same weights; returns one digest for all.
 
     Raises:
         TrainingError: ranks hold different ones.
     """
     digests = gather(digest)
-    differing = [rank for rank, other in enumerate(digests) if other != digests[0]]
-    if differing:
-        raise TrainingError(f"ranks {differing} hold other weights than rank 0: gradients were not exchanged alike")
-    return digest
+    for first, *others in groups:
+        differing = [rank for rank in others if digests[rank] != digests[first]]
+        if differing:
+            raise TrainingError(
+                f"ranks {differing} hold other weights than rank {first}: gradients were not exchanged alike"
+            )
+    of_groups = [digests[first] for first, *_ in groups]
+    return of_groups[0] if len(of_groups) == 1 else hashlib.sha256("".join(of_groups).encode()).hexdigest()
 
 
 def is_lost_rank(error: BaseException) -> bool:

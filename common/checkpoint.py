@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,27 +31,30 @@ WEIGHTS, OPTIMIZER, GRADIENTS = "weights.safetensors", "optimizer.safetensors", 
 STATE = "state.json"
 # Keys that may change between a checkpoint and the run that resumes it: the loss curve does not depend on them. What
 # keys of data change in the examples themselves, the fingerprint tells.
-FREE = ("resume.", "run.", "parallel.", "data.", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints")
+FREE = (
+    *("resume.", "run.", "parallel.", "optimizer.sharded", "data."),
+    *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints"),
+)
 FIXED = ("data.balance", "data.max_shift", "data.max_rotation")
 
 
 class State(Protocol):
     """What a binding's checkpoint module offers of a model and its optimizer."""
 
-    def weights(self) -> dict[str, np.ndarray]:
-        """The weights by name, as copies."""
+    def weights(self) -> Arrays:
+        """The weights by name, as copies, on rank 0; this and all that follows is to be called by all ranks."""
 
-    def moments(self) -> dict[str, np.ndarray]:
-        """The optimizer's state by name, as copies."""
+    def moments(self) -> Arrays:
+        """The optimizer's state by name, as copies, on rank 0."""
 
-    def gradients(self) -> dict[str, np.ndarray]:
-        """What compressors and the loss scale keep, by name; what each rank has of its own is summed, by all ranks."""
+    def gradients(self) -> Arrays:
+        """What compressors and the loss scale keep, by name, on rank 0; what each rank has of its own is summed."""
 
     def load(self, weights: Arrays, moments: Arrays, gradients: Arrays) -> None:
-        """Takes all over."""
+        """Takes over what rank 0 has read, on the first rank with each stage."""
 
     def broadcast(self) -> None:
-        """Gives all ranks what rank 0 has; of what is summed, each rank its share."""
+        """Gives the ranks with a stage what the first of them has; of what is summed, each its share."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,12 +190,15 @@ class Checkpoints:
         Raises:
             ConfigError: there is no such checkpoint, or it does not suit this run.
         """
-        state: dict[str, Any] = {}
+        checkpoint: Checkpoint | None = None
         with self._runtime.joint_check():
             if self._writes_here:
-                state = self._load()
+                checkpoint = self._suitable()
+        restored: dict[str, Any] = self._runtime.from_rank_zero(checkpoint.state if checkpoint else {})
+        if restored:
+            with self._runtime.joint_check():
+                self._load(restored, checkpoint)
         self._state.broadcast()
-        restored: dict[str, Any] = self._runtime.from_rank_zero(state)
         return restored
 
     def save_if_due(self, step: Step, sums: StepSums, plan: Plan) -> None:
@@ -207,11 +213,11 @@ class Checkpoints:
         is_last = step.progress >= 1 or is_stop
         if not is_last and not (every and step.number % every == 0):
             return
-        gradients = self._state.gradients()
+        arrays = self._state.weights(), self._state.moments(), self._state.gradients()
         with self._runtime.joint_check():
             if self._writes_here:
                 self._wait()
-                self._writing = self._writer.submit(self._write, *self._snapshot(step, plan, gradients))
+                self._writing = self._writer.submit(self._write, step.number, *arrays, self._state_at(step, plan))
                 if is_last:
                     self._wait()
         if is_stop:
@@ -220,15 +226,12 @@ class Checkpoints:
                 f"run.dir={self._cfg.run.dir} goes on from there"
             )
 
-    def _snapshot(
-        self, step: Step, plan: Plan, gradients: Arrays
-    ) -> tuple[int, Arrays, Arrays, Arrays, dict[str, Any]]:
-        state = self._identity | {
+    def _state_at(self, step: Step, plan: Plan) -> dict[str, Any]:
+        return self._identity | {
             "position": dataclasses.asdict(step.end),
             "batch_sizes": plan.batch_sizes.to_json(),
             "world_size": plan.topology.world_size,
         }
-        return step.number, self._state.weights(), self._state.moments(), gradients, state
 
     def _write(self, step: int, weights: Arrays, moments: Arrays, gradients: Arrays, state: dict[str, Any]) -> None:
         folder = _folder(self._cfg) / f"step-{step:08}"
@@ -240,21 +243,28 @@ class Checkpoints:
         if self._writing is not None:
             self._writing.result()
 
-    def _load(self) -> dict[str, Any]:
-        """Loads the checkpoint that the configuration asks for into the model; returns its state."""
+    def _suitable(self) -> Checkpoint | None:
+        """The checkpoint that the configuration asks for, where this run can go on from it."""
         checkpoint = self._chosen()
         start = 0
         if checkpoint is not None:
             problems = list(self._problems(checkpoint))
             if problems:
                 raise ConfigError(problems)
-            same_optimizer = checkpoint.state["config"]["optimizer"]["name"] == self._cfg.optimizer.name
-            self._state.load(checkpoint.weights, checkpoint.moments if same_optimizer else {}, checkpoint.gradients)
             start = checkpoint.state["position"]["step"]
             if checkpoint.state["fingerprint"] != self._identity["fingerprint"]:
                 checkpoint.state["position"]["offset"] = 0
         ledger.drop(Path(str(self._cfg.run.dir)), start)
-        return {} if checkpoint is None else checkpoint.state
+        return checkpoint
+
+    def _load(self, state: dict[str, Any], checkpoint: Checkpoint | None) -> None:
+        """Loads a checkpoint, which rank 0 has."""
+        same_optimizer = state["config"]["optimizer"]["name"] == self._cfg.optimizer.name
+        if checkpoint is None:
+            self._state.load({}, {}, {})
+        else:
+            moments = checkpoint.moments if same_optimizer else {}
+            self._state.load(checkpoint.weights, moments, checkpoint.gradients)
 
     def _chosen(self) -> Checkpoint | None:
         source, own = self._cfg.resume.source, sorted(_folder(self._cfg).glob("step-*"))
@@ -305,6 +315,11 @@ def check_names_and_shapes(wanted: Mapping[str, tuple[int, ...]], arrays: Arrays
     ]
     if problems:
         raise ConfigError([f"resume: the checkpoint is of another model: {'; '.join(sorted(problems)[:3])}"])
+
+
+def belongs_to(name: str, weights: Iterable[str]) -> bool:
+    """Whether an array of a checkpoint is one of the weights, or state of one of them, or of none in particular."""
+    return "." not in name or any(name == weight or name.startswith(f"{weight}.") for weight in weights)
 
 
 def _folder(cfg: RunConfig) -> Path:

@@ -71,8 +71,9 @@ def run(train: Callable[[Any], Any], task: str, runtime: Runtime, arguments: Seq
 def _process_sets(task: str, overrides: Sequence[str]) -> list[Sequence[int]]:
     """What Horovod must know when it starts, before ranks can agree on what is wrong with a configuration."""
     try:
-        return launched_topology().process_sets(compose(task, overrides)) if are_hosts_alike() else []
-    except ConfigError:
+        cfg = compose(task, overrides)
+        return launched_topology().arranged(cfg).process_sets(cfg) if are_hosts_alike() else []
+    except (ConfigError, ValueError):
         return []  # the ranks will tell
 
 

@@ -59,7 +59,11 @@ _SCHEMAS: dict[str, dict[str, type]] = {
         "sparse_schema": config.SparseConfig,
         "terngrad_schema": config.TernGradConfig,
     },
-    "parallel": {"parallel_schema": config.ParallelConfig},
+    "parallel": {
+        "parallel_schema": config.ParallelConfig,
+        "parameter_server_schema": config.ParameterServerConfig,
+        "pipeline_schema": config.PipelineConfig,
+    },
 }
 
 

@@ -217,6 +217,8 @@ class OptimizerConfig:
     name: str = MISSING
     lr: float = MISSING
     """Peak learning rate; lr_schedule says how it is reached and left."""
+    sharded: bool = MISSING
+    """Whether each rank keeps the state of, and updates, its part of the weights alone (ZeRO stage 1)."""
 
 
 @dataclass
@@ -396,6 +398,45 @@ class ParallelConfig:
     name: str = MISSING
     num_micro_batches: int = MISSING
     """Parts that a rank cuts its examples of one step into, one after another, to save memory; 1: none."""
+
+
+class StageBalance(Enum):
+    """What the stages of a pipeline are to have equally much of."""
+
+    parameters = 0
+    flops = 1
+    time = 2
+    """Forward and backward of one example, measured on rank 0."""
+
+
+@dataclass
+class PipelineConfig(ParallelConfig):
+    """The layers are spread over stages, through which micro-batches pass; stages may have several replicas."""
+
+    pipeline_stages: int = MISSING
+    replicas_per_stage: list[int] = MISSING
+    """Ranks that work side by side on each stage, such as [3,1]; []: equally many on all."""
+    schedule: str = MISSING
+    """gpipe, 1f1b, interleaved or zb_h1: the order of forward and backward passes (common/pipeline_schedule.py)."""
+    parts_per_stage: int = MISSING
+    """Parts of the model that each stage has; more than 1 goes with schedule=interleaved."""
+    balance: StageBalance = MISSING
+    boundaries: list[int] = MISSING
+    """Numbers of the layers at which a new part begins; []: as balance has it."""
+
+
+Mode = Enum("Mode", ("sync", "async"))
+"""Whether a parameter server waits for the gradients of all workers before it updates the weights."""
+
+
+@dataclass
+class ParameterServerConfig(ParallelConfig):
+    """The first ranks hold the weights in shards and update them; the others push gradients and pull weights."""
+
+    num_servers: int = MISSING
+    mode: Mode = MISSING
+    max_staleness: int = MISSING
+    """With mode=async: steps that a worker may be ahead of the slowest one; 0: none, as in sync."""
 
 
 @dataclass

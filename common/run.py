@@ -12,10 +12,19 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from common.buckets import Bucket, allreduce_bytes
-from common.config import BatchSchedule, LMConfig, LossScalePrecisionConfig, LossyConfig, RunConfig, to_yaml
+from common.config import (
+    BatchSchedule,
+    LMConfig,
+    LossScalePrecisionConfig,
+    LossyConfig,
+    ParameterServerConfig,
+    RunConfig,
+    to_yaml,
+)
 from common.datasets.examples import Batch, Examples
 from common.ledger import Ledger
 from common.read_ahead import read_ahead
@@ -59,7 +68,7 @@ class Run:
         self._wire_bytes: list[float] = []  # of each bucket, over all steps
         self._skipped_steps = 0
         self._last: dict[str, float] = {}
-        self._ledger = Ledger(self.folder, plan) if cfg.data.ledger else None
+        self._ledger = Ledger(self.folder, plan) if cfg.data.ledger and self._topology.counts_examples else None
         if self._topology.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(to_yaml(cfg))
@@ -115,6 +124,8 @@ class Run:
         if isinstance(self._cfg.precision, LossScalePrecisionConfig):
             self._skipped_steps += float(sums.overflow) > 0
             values |= {"loss_scale": float(sums.loss_scale), "skipped_steps": self._skipped_steps}
+        if isinstance(self._cfg.parallel, ParameterServerConfig):
+            values["staleness"] = float(sums.staleness)
         if isinstance(self._cfg.compression, LossyConfig) and self._cfg.compression.health:
             values["gradient_cosine"] = float(sums.gradient_cosine)
             values["residual_norm"] = float(sums.residual_norm)
@@ -137,12 +148,15 @@ class Run:
             self._tensorboard.write(step.number, values)
             self._progress.show(step, self._last)
 
-    def finish(self, buckets: Sequence[Bucket], weights_sha256: str) -> dict[str, Any]:
+    def finish(
+        self, buckets: Sequence[Bucket], weights_sha256: str, measures: Mapping[str, Any] = MappingProxyType({})
+    ) -> dict[str, Any]:
         """Writes summary.json, which makes the run a finished one, and returns what it says.
 
         Args:
             buckets: in which the gradients are exchanged.
-            weights_sha256: of the final weights, which all ranks hold.
+            weights_sha256: of the final weights of all stages.
+            measures: what else was measured.
         """
         num_replicas = self._topology.num_replicas
         rate = self._examples / sum(self._step_seconds)
@@ -150,7 +164,7 @@ class Run:
         summary = {
             **self._identity,
             "world_size": self._topology.world_size,
-            "num_stages": 1,
+            "num_stages": self._topology.num_stages,
             "num_replicas": num_replicas,
             "steps": self._plan.start.step + len(self._step_seconds),
             "resumed_from_step": self._plan.start.step,
@@ -161,12 +175,15 @@ class Run:
             "step_seconds_median": statistics.median(self._step_seconds),
             "data_wait_share": sum(self._waiting_seconds) / sum(self._step_seconds),
             "wire_bytes_per_step": sum(self._wire_bytes) / len(self._step_seconds),
-            "dense_bytes_per_step": allreduce_bytes(4 * sum(bucket.num_values for bucket in buckets), num_replicas),
+            "dense_bytes_per_step": allreduce_bytes(
+                4 * sum(bucket.num_values for bucket in buckets), len(self._topology.group)
+            ),
             "buckets": [
                 {"method": bucket.method, "num_values": bucket.num_values, "wire_bytes_per_step": num_bytes}
                 for bucket, num_bytes in zip(buckets, self._bytes_of_buckets(len(buckets)), strict=True)
             ],
             "weights_sha256": weights_sha256,
+            **measures,
             **self._last,
             "completed": True,
         }

@@ -139,14 +139,19 @@ def shuffled(num_examples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def part(num_examples: int, topology: Topology) -> slice:
-    """The replica's contiguous part of so many examples; parts differ by one example at most, larger ones first."""
+    """The contiguous part of so many examples that the rank's lanes take; a server takes none.
+
+    Lanes' parts differ by one example at most, larger ones first.
+    """
     size, larger = divmod(num_examples, topology.num_replicas)
-    start = topology.replica * size + min(topology.replica, larger)
-    return slice(start, start + size + (topology.replica < larger))
+    lanes = topology.lanes
+    return slice(*(lane * size + min(lane, larger) for lane in (lanes.start, lanes.stop)))
 
 
 def evaluation_batches(num_examples: int, batch_size: int, topology: Topology) -> Iterator[slice]:
-    """Cuts the replica's part of a dataset into batches, so that each example is in one batch of one replica."""
-    mine = part(num_examples, topology)
-    for start in range(mine.start, mine.stop, batch_size):
-        yield slice(start, min(start + batch_size, mine.stop))
+    """Cuts a dataset into batches of which each lane takes so many examples at most; the rank's parts of them."""
+    whole = batch_size * topology.num_replicas
+    for start in range(0, num_examples, whole):
+        mine = part(min(whole, num_examples - start), topology)
+        if mine.start < mine.stop:
+            yield slice(start + mine.start, start + mine.stop)

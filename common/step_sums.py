@@ -21,6 +21,7 @@ class StepSums(NamedTuple):
         gradient_cosine: of the angle between the true mean gradient and the one that is applied; 0 unless measured.
         residual_norm: root of the sum over the ranks of their residuals' squares; 0 unless measured.
         loss_scale: of this step.
+        staleness: most steps that a worker of a parameter server was ahead of the slowest one.
     """
 
     loss: SupportsFloat
@@ -32,3 +33,4 @@ class StepSums(NamedTuple):
     gradient_cosine: SupportsFloat = 0.0
     residual_norm: SupportsFloat = 0.0
     loss_scale: SupportsFloat = 1.0
+    staleness: SupportsFloat = 0.0

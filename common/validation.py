@@ -21,7 +21,10 @@ from common.config import (
     LossyConfig,
     MLPConfig,
     MnistConfig,
+    Mode,
     ModelConfig,
+    ParameterServerConfig,
+    PipelineConfig,
     PowerSGDConfig,
     QSGDConfig,
     ReduceOp,
@@ -34,6 +37,7 @@ from common.config import (
     to_dict,
 )
 from common.host import are_hosts_alike
+from common.pipeline_schedule import SCHEDULES
 from common.topology import Topology
 
 _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], float, str]] = {
@@ -66,6 +70,8 @@ _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], float, str]] = {
     "model.width": (operator.ge, 1, "at least 1"),
     "model.context": (operator.ge, 1, "at least 1"),
     "parallel.num_micro_batches": (operator.ge, 1, "at least 1"),
+    "parallel.parts_per_stage": (operator.ge, 1, "at least 1"),
+    "parallel.max_staleness": (operator.ge, 0, "at least 0; 0 is sync"),
     "precision.initial_loss_scale": (operator.ge, 1, "at least 1; 65536 is usual"),
     "precision.growth_steps": (operator.ge, 1, "at least 1; 2000 is usual"),
     "compression.min_numel": (operator.ge, 0, "at least 0; 0 compresses all weights"),
@@ -85,13 +91,20 @@ _BELOW_ONE = (
 AUTO_CANDIDATES = ("none", "fp16", "bf16", "int8", "qsgd", "terngrad", "sign", "topk", "randomk", "powersgd")
 
 
-def validate(cfg: RunConfig, topology: Topology) -> None:
+def validate(cfg: RunConfig, topology: Topology) -> Topology:
     """Checks what types cannot: bounds, and keys that must suit each other, the ranks and the run folder.
+
+    Returns:
+        The topology with the stages or servers of the configuration.
 
     Raises:
         ConfigError: with all problems found.
     """
-    problems = [
+    problems = list(_layout_problems(cfg, topology))
+    if not problems:
+        topology = topology.arranged(cfg)
+        problems += _parallel_problems(cfg, topology)
+    problems += [
         *_out_of_bounds(cfg),
         *_batch_problems(cfg, topology),
         *_batch_schedule_problems(cfg.train, topology),
@@ -103,6 +116,86 @@ def validate(cfg: RunConfig, topology: Topology) -> None:
     ]
     if problems:
         raise ConfigError(problems)
+    return topology
+
+
+def _layout_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
+    """Why the ranks cannot be arranged as stages, or as servers and workers."""
+    parallel, num_ranks = cfg.parallel, topology.world_size
+    if isinstance(parallel, PipelineConfig):
+        stages, replicas = parallel.pipeline_stages, parallel.replicas_per_stage
+        if replicas and (len(replicas) != stages or min(replicas) < 1 or sum(replicas) != num_ranks):
+            yield (
+                f"parallel.replicas_per_stage={_listed(replicas)}: must be one number for each of the "
+                f"parallel.pipeline_stages={stages}, which add up to the number of ranks, {num_ranks}; change "
+                "them or horovodrun -np"
+            )
+        elif stages < 1 or (not replicas and num_ranks % stages):
+            yield (
+                f"parallel.pipeline_stages={stages}: must divide the number of ranks, {num_ranks}; change it or "
+                "horovodrun -np, or give the ranks of each stage with parallel.replicas_per_stage"
+            )
+    if isinstance(parallel, ParameterServerConfig) and not 1 <= parallel.num_servers < num_ranks:
+        yield (
+            f"parallel.num_servers={parallel.num_servers}: must be at least 1 and leave a worker of {num_ranks} ranks; "
+            "change it or start more (horovodrun -np)"
+        )
+
+
+def _parallel_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
+    parallel = cfg.parallel
+    if isinstance(parallel, PipelineConfig):
+        yield from _pipeline_problems(parallel, cfg.train.global_batch_size, topology)
+    if isinstance(parallel, ParameterServerConfig):
+        yield from _server_problems(parallel, cfg)
+    if parallel.name == "data":
+        return
+    if cfg.optimizer.sharded:
+        yield f"optimizer.sharded=true: goes with parallel=data, where all ranks update weights, not {parallel.name}"
+    if isinstance(cfg.compression, AutoCompressionConfig):
+        yield f"compression=auto: measures parallel=data; with parallel={parallel.name} name a method"
+    if isinstance(cfg.compression, LossyConfig) and cfg.compression.two_level:
+        yield f"compression.two_level=true: goes with parallel=data, not {parallel.name}; leave it out"
+    if cfg.op is ReduceOp.adasum:
+        yield f"op=adasum: goes with parallel=data, not {parallel.name}; use op=average"
+    if cfg.train.measures_noise:
+        yield f"train.batch_schedule=noise_scale: goes with parallel=data, not {parallel.name}; use constant|steps"
+
+
+def _pipeline_problems(parallel: PipelineConfig, batch: int, topology: Topology) -> Iterator[str]:
+    if parallel.schedule not in SCHEDULES:
+        yield f"parallel.schedule={parallel.schedule}: must be one of {'|'.join(SCHEDULES)}"
+    elif (parallel.schedule == "interleaved") != (parallel.parts_per_stage > 1):
+        yield (
+            f"parallel.parts_per_stage={parallel.parts_per_stage}: must be at least 2 with schedule=interleaved, "
+            "and 1 with the others"
+        )
+    of_lane = batch / topology.num_replicas
+    if parallel.num_micro_batches >= 1 and of_lane % parallel.num_micro_batches:
+        yield (
+            f"parallel.num_micro_batches={parallel.num_micro_batches}: must divide the examples of one replica in one "
+            f"step, {of_lane:g}; change it or train.global_batch_size"
+        )
+
+
+def _server_problems(parallel: ParameterServerConfig, cfg: RunConfig) -> Iterator[str]:
+    name, is_async = cfg.compression.name, parallel.mode is Mode["async"]
+    if not is_async and parallel.max_staleness:
+        yield f"parallel.max_staleness={parallel.max_staleness}: goes with parallel.mode=async; with sync it is 0"
+    if isinstance(cfg.compression, LossyConfig) and cfg.compression.health:
+        yield "compression.health=true: compares with a sum over all ranks, which parallel=parameter_server has not"
+    if name in ("topk", "randomk", "dgc", "powersgd"):
+        yield (
+            f"compression={name}: is made for sums over all ranks; a push to a server can be compressed with "
+            "fp16|bf16|int8|qsgd|terngrad|sign"
+        )
+    if is_async and cfg.precision.compute_dtype is Dtype.float16:
+        yield "precision=fp16: all ranks skip the same step, and async workers are at different ones; use bf16|fp32"
+
+
+def _listed(values: list[int]) -> str:
+    """A list as it is written on the command line."""
+    return f"[{','.join(map(str, values))}]"
 
 
 def _out_of_bounds(cfg: RunConfig) -> Iterator[str]:
@@ -214,7 +307,7 @@ def _batch_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
             f"train.global_batch_size={batch}: must be at least the number of ranks, {topology.num_replicas}, so that "
             "each has an example; make it larger or start fewer ranks (horovodrun -np)"
         )
-    elif parts > max(1, batch // topology.num_replicas):
+    elif parts > max(1, batch // topology.num_replicas) and not isinstance(cfg.parallel, PipelineConfig):
         yield (
             f"parallel.num_micro_batches={parts}: must be at most the examples of one rank in one step, "
             f"{batch // topology.num_replicas}; make it smaller or train.global_batch_size larger"

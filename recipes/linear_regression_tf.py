@@ -23,7 +23,9 @@ from common.step_sums import StepSums
 from common.tf import optimizers, precision, runtime
 from common.tf.auto import choose_compression
 from common.tf.checkpoint import State
-from common.tf.gradients import Gradients, forward_backward
+from common.tf.gradients import Gradients
+from common.tf.pipeline import compiled, forward_backward
+from common.tf.stage import Stage, take_stage
 from common.validation import validate
 
 import keras
@@ -44,34 +46,36 @@ def sum_of_losses(predictions: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
 
 
 def make_train_step(
-    model: keras.Model,
+    model: Stage,
     optimizer: keras.Optimizer,
     gradients: Gradients,
     cfg: LinearRegressionConfig,
 ) -> Callable[..., StepSums]:
-    """Returns the compiled step: (inputs, targets, global_size, stop) -> sums."""
+    """Returns the step, as far as it can be compiled: (inputs, targets, global_size, stop) -> sums."""
 
-    @tf.function(
-        input_signature=[
-            tf.TensorSpec((None, cfg.data.num_features), cfg.precision.dtype.name),
-            tf.TensorSpec((None, 1), cfg.precision.dtype.name),
-            tf.TensorSpec((), tf.int32),
-            tf.TensorSpec((), tf.bool),
-        ]
-    )
-    def train_step(inputs: tf.Tensor, targets: tf.Tensor, global_size: tf.Tensor, stop: tf.Tensor) -> StepSums:
-        """One optimizer step; returns the global batch's mean loss and what else travelled with the gradients."""
-        parts, scale = cfg.parallel.num_micro_batches, gradients.loss_scale
-        loss, grads = forward_backward(model, sum_of_losses, inputs, targets, parts, global_size, scale)
-        sums, grads = gradients.exchange(grads, loss, stop, tf.shape(inputs)[0] / global_size)
+    @tf.function
+    def update(grads: list[tf.Tensor], loss: tf.Tensor, stop: tf.Tensor, share: tf.Tensor) -> StepSums:
+        """What follows backward: the exchange of the gradients, clipping, and the optimizer."""
+        sums, grads = gradients.exchange(grads, loss, stop, share)
         grads = gradients.clip_global_norm(grads, cfg.train.clip_norm)
         optimizers.apply(optimizer, grads, model, sums)
         return sums
 
-    return train_step
+    def train_step(inputs: tf.Tensor, targets: tf.Tensor, global_size: tf.Tensor, stop: tf.Tensor) -> StepSums:
+        """One optimizer step; returns the global batch's mean loss and what else travelled with the gradients."""
+        loss, grads = forward_backward(model, sum_of_losses, inputs, targets, global_size, gradients.loss_scale)
+        return update(grads, loss, stop, tf.shape(inputs)[0] / global_size)
+
+    signature = [
+        tf.TensorSpec((None, cfg.data.num_features), cfg.precision.dtype.name),
+        tf.TensorSpec((None, 1), cfg.precision.dtype.name),
+        tf.TensorSpec((), tf.int32),
+        tf.TensorSpec((), tf.bool),
+    ]
+    return compiled(model, train_step, signature)
 
 
-def evaluate(model: keras.Model, solution: np.ndarray) -> dict[str, float]:
+def evaluate(model: Stage, solution: np.ndarray) -> dict[str, float]:
     """Distance between the weights and the closed-form solution, relative to the solution's length."""
     weights = np.concatenate([weight.numpy().flatten() for weight in model.weights]).astype(np.float64)
     return {"test_distance": float(np.linalg.norm(weights - solution) / np.linalg.norm(solution))}
@@ -81,14 +85,14 @@ def train(cfg: LinearRegressionConfig) -> dict[str, Any]:
     """The whole run, callable from a test; returns what summary.json says."""
     topology = runtime.init()
     with runtime.joint_check():
-        validate(cfg, topology)
+        topology = validate(cfg, topology)
     train_set = linear.load(cfg.data, cfg.seed)
     solution = train_set.least_squares()
     cfg.run.dir = runtime.from_rank_zero(new_folder(cfg, RECIPE))
 
     runtime.seed(cfg.seed, topology)
     precision.set_policy(cfg.precision)
-    model = precision.build_model(keras.Input((cfg.data.num_features,)), build_layers(), cfg.precision)
+    model = take_stage(build_layers(), cfg, topology, train_set)
     optimizer = optimizers.build(cfg.optimizer, model)
     cfg.compression = choose_compression(cfg, model, train_set, topology)
     gradients = Gradients.of(cfg, model, topology)
@@ -106,7 +110,7 @@ def train(cfg: LinearRegressionConfig) -> dict[str, Any]:
         if step.ends_epoch:
             run.log(step, **evaluate(model, solution))
         checkpoints.save_if_due(step, sums, plan)
-    return run.finish(gradients.buckets, runtime.check_in_sync(model))
+    return run.finish(gradients.buckets, runtime.check_in_sync(model, topology.groups), model.bubbles())
 
 
 def main() -> None:

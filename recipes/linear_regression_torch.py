@@ -19,10 +19,15 @@ from common.learning_rate import learning_rate
 from common.run import Run, new_folder
 from common.sharding import Plan
 from common.step_sums import StepSums
-from common.torch import optimizers, precision, runtime
+from common.torch import optimizers, runtime
 from common.torch.auto import choose_compression
 from common.torch.checkpoint import State
-from common.torch.gradients import Gradients, forward_backward
+from common.torch.gradients import Gradients
+from common.torch.optimizers import Optimizer
+from common.torch.parameter_server import build_gradients
+from common.torch.pipeline import forward_backward
+from common.torch.sharded import build_optimizer
+from common.torch.stage import Stage, take_stage
 from common.validation import validate
 
 import numpy as np
@@ -46,8 +51,8 @@ def sum_of_losses(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 def train_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    model: Stage,
+    optimizer: Optimizer,
     gradients: Gradients,
     inputs: Tensor,
     targets: Tensor,
@@ -55,8 +60,7 @@ def train_step(
     cfg: LinearRegressionConfig,
 ) -> StepSums:
     """One optimizer step; returns the global batch's mean loss and what else travelled with the gradients."""
-    num_micro_batches = cfg.parallel.num_micro_batches
-    sums = forward_backward(model, sum_of_losses, inputs, targets, num_micro_batches, global_size, gradients)
+    sums = forward_backward(model, sum_of_losses, inputs, targets, global_size, gradients)
     gradients.clip_global_norm(cfg.train.clip_norm)
     optimizers.step(optimizer, sums)
     return sums
@@ -73,17 +77,17 @@ def train(cfg: LinearRegressionConfig) -> dict[str, Any]:
     """The whole run, callable from a test; returns what summary.json says."""
     topology = runtime.init()
     with runtime.joint_check():
-        validate(cfg, topology)
+        topology = validate(cfg, topology)
     train_set = linear.load(cfg.data, cfg.seed)
     solution = train_set.least_squares()
     cfg.run.dir = runtime.from_rank_zero(new_folder(cfg, RECIPE))
 
     runtime.seed(cfg.seed, topology)
     device = runtime.device(topology)
-    model = precision.Model(build_layers(cfg.data.num_features), cfg.precision, device)
-    optimizer = optimizers.build(cfg.optimizer, model)
+    model = take_stage(build_layers(cfg.data.num_features), cfg, topology, train_set)
+    optimizer = build_optimizer(cfg, model)
     cfg.compression = choose_compression(cfg, model, train_set, topology)
-    gradients = Gradients.of(cfg, model, topology)
+    gradients = build_gradients(cfg, model, optimizer)
     checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer, gradients), runtime, topology)
     plan = Plan.of(cfg, len(train_set), topology, checkpoints.restore())
 
@@ -95,9 +99,10 @@ def train(cfg: LinearRegressionConfig) -> dict[str, Any]:
         sums = train_step(model, optimizer, gradients, inputs, targets, step.global_size, cfg)
         run.record(step, lr, sums)
         if step.ends_epoch:
+            gradients.settle()
             run.log(step, **evaluate(model, solution))
         checkpoints.save_if_due(step, sums, plan)
-    return run.finish(gradients.buckets, runtime.check_in_sync(model))
+    return run.finish(gradients.buckets, runtime.check_in_sync(model, topology.groups), model.bubbles())
 
 
 def main() -> None:

@@ -22,14 +22,18 @@ from common.learning_rate import learning_rate
 from common.run import Run, new_folder
 from common.sharding import Plan
 from common.step_sums import StepSums
-from common.torch import layers, optimizers, precision, runtime
+from common.torch import layers, optimizers, runtime
 from common.torch.auto import choose_compression
 from common.torch.checkpoint import State
 from common.torch.classification import evaluate, sum_of_losses
-from common.torch.gradients import Gradients, forward_backward
+from common.torch.gradients import Gradients
+from common.torch.optimizers import Optimizer
+from common.torch.parameter_server import build_gradients
+from common.torch.pipeline import forward_backward
+from common.torch.sharded import build_optimizer
+from common.torch.stage import Stage, take_stage
 from common.validation import validate
 
-import torch
 from torch import Tensor, nn
 
 RECIPE = "mnist_cnn_torch"
@@ -66,9 +70,9 @@ def build_layers(cfg: CNNConfig) -> list[nn.Module]:
 
 
 def train_step(
-    model: nn.Module,
+    model: Stage,
     loss_function: Callable[[Tensor, Tensor], Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     gradients: Gradients,
     inputs: Tensor,
     targets: Tensor,
@@ -76,8 +80,7 @@ def train_step(
     cfg: MnistCNNConfig,
 ) -> StepSums:
     """One optimizer step; returns the global batch's mean loss and what else travelled with the gradients."""
-    num_micro_batches = cfg.parallel.num_micro_batches
-    sums = forward_backward(model, loss_function, inputs, targets, num_micro_batches, global_size, gradients)
+    sums = forward_backward(model, loss_function, inputs, targets, global_size, gradients)
     gradients.clip_global_norm(cfg.train.clip_norm)
     optimizers.step(optimizer, sums)
     return sums
@@ -87,7 +90,7 @@ def train(cfg: MnistCNNConfig) -> dict[str, Any]:
     """The whole run, callable from a test; returns what summary.json says."""
     topology = runtime.init()
     with runtime.joint_check():
-        validate(cfg, topology)
+        topology = validate(cfg, topology)
         datasets.prepare(cfg.data, topology)
     with runtime.joint_check():
         images, test_set = datasets.load_images(cfg.data)
@@ -96,10 +99,10 @@ def train(cfg: MnistCNNConfig) -> dict[str, Any]:
 
     runtime.seed(cfg.seed, topology)
     device = runtime.device(topology)
-    model = precision.Model(build_layers(cfg.model), cfg.precision, device)
-    optimizer = optimizers.build(cfg.optimizer, model)
+    model = take_stage(build_layers(cfg.model), cfg, topology, images)
+    optimizer = build_optimizer(cfg, model)
     cfg.compression = choose_compression(cfg, model, images, topology)
-    gradients = Gradients.of(cfg, model, topology)
+    gradients = build_gradients(cfg, model, optimizer)
     checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer, gradients), runtime, topology)
     plan = Plan.of(cfg, len(train_set), topology, checkpoints.restore(), drawn_classes(cfg.data, images))
     weights = runtime.to_tensor(class_weights(cfg.data, images), cfg.precision, device)
@@ -114,9 +117,10 @@ def train(cfg: MnistCNNConfig) -> dict[str, Any]:
         sums = train_step(model, loss_function, optimizer, gradients, inputs, targets, step.global_size, cfg)
         run.record(step, lr, sums)
         if step.ends_epoch:
+            gradients.settle()
             run.log(step, **evaluate(model, test_set, topology, cfg))
         checkpoints.save_if_due(step, sums, plan)
-    return run.finish(gradients.buckets, runtime.check_in_sync(model))
+    return run.finish(gradients.buckets, runtime.check_in_sync(model, topology.groups), model.bubbles())
 
 
 def main() -> None:

@@ -25,8 +25,10 @@ from common.tf import optimizers, precision, runtime
 from common.tf.auto import choose_compression
 from common.tf.checkpoint import State
 from common.tf.classification import evaluate, sum_of_losses
-from common.tf.gradients import Gradients, forward_backward
+from common.tf.gradients import Gradients
 from common.tf.layers import gelu
+from common.tf.pipeline import compiled, forward_backward
+from common.tf.stage import Stage, take_stage
 from common.validation import validate
 
 import keras
@@ -54,39 +56,41 @@ def build_layers(cfg: MLPConfig) -> list[keras.Layer]:
 
 
 def make_train_step(
-    model: keras.Model,
+    model: Stage,
     loss_function: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
     optimizer: keras.Optimizer,
     gradients: Gradients,
     cfg: MnistMLPConfig,
 ) -> Callable[..., StepSums]:
-    """Returns the compiled step: (inputs, targets, global_size, stop) -> sums."""
+    """Returns the step, as far as it can be compiled: (inputs, targets, global_size, stop) -> sums."""
 
-    @tf.function(
-        input_signature=[
-            tf.TensorSpec((None, 28, 28), cfg.precision.dtype.name),
-            tf.TensorSpec((None,), tf.int64),
-            tf.TensorSpec((), tf.int32),
-            tf.TensorSpec((), tf.bool),
-        ]
-    )
-    def train_step(inputs: tf.Tensor, targets: tf.Tensor, global_size: tf.Tensor, stop: tf.Tensor) -> StepSums:
-        """One optimizer step; returns the global batch's mean loss and what else travelled with the gradients."""
-        parts, scale = cfg.parallel.num_micro_batches, gradients.loss_scale
-        loss, grads = forward_backward(model, loss_function, inputs, targets, parts, global_size, scale)
-        sums, grads = gradients.exchange(grads, loss, stop, tf.shape(inputs)[0] / global_size)
+    @tf.function
+    def update(grads: list[tf.Tensor], loss: tf.Tensor, stop: tf.Tensor, share: tf.Tensor) -> StepSums:
+        """What follows backward: the exchange of the gradients, clipping, and the optimizer."""
+        sums, grads = gradients.exchange(grads, loss, stop, share)
         grads = gradients.clip_global_norm(grads, cfg.train.clip_norm)
         optimizers.apply(optimizer, grads, model, sums)
         return sums
 
-    return train_step
+    def train_step(inputs: tf.Tensor, targets: tf.Tensor, global_size: tf.Tensor, stop: tf.Tensor) -> StepSums:
+        """One optimizer step; returns the global batch's mean loss and what else travelled with the gradients."""
+        loss, grads = forward_backward(model, loss_function, inputs, targets, global_size, gradients.loss_scale)
+        return update(grads, loss, stop, tf.shape(inputs)[0] / global_size)
+
+    signature = [
+        tf.TensorSpec((None, 28, 28), cfg.precision.dtype.name),
+        tf.TensorSpec((None,), tf.int64),
+        tf.TensorSpec((), tf.int32),
+        tf.TensorSpec((), tf.bool),
+    ]
+    return compiled(model, train_step, signature)
 
 
 def train(cfg: MnistMLPConfig) -> dict[str, Any]:
     """The whole run, callable from a test; returns what summary.json says."""
     topology = runtime.init()
     with runtime.joint_check():
-        validate(cfg, topology)
+        topology = validate(cfg, topology)
         datasets.prepare(cfg.data, topology)
     with runtime.joint_check():
         images, test_set = datasets.load_images(cfg.data)
@@ -95,7 +99,7 @@ def train(cfg: MnistMLPConfig) -> dict[str, Any]:
 
     runtime.seed(cfg.seed, topology)
     precision.set_policy(cfg.precision)
-    model = precision.build_model(keras.Input((28, 28)), build_layers(cfg.model), cfg.precision)
+    model = take_stage(build_layers(cfg.model), cfg, topology, images)
     optimizer = optimizers.build(cfg.optimizer, model)
     cfg.compression = choose_compression(cfg, model, images, topology)
     gradients = Gradients.of(cfg, model, topology)
@@ -115,7 +119,7 @@ def train(cfg: MnistMLPConfig) -> dict[str, Any]:
         if step.ends_epoch:
             run.log(step, **evaluate(model, test_set, topology, cfg))
         checkpoints.save_if_due(step, sums, plan)
-    return run.finish(gradients.buckets, runtime.check_in_sync(model))
+    return run.finish(gradients.buckets, runtime.check_in_sync(model, topology.groups), model.bubbles())
 
 
 def main() -> None:

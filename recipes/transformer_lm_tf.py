@@ -23,7 +23,9 @@ from common.step_sums import StepSums
 from common.tf import optimizers, precision, runtime, transformer
 from common.tf.auto import choose_compression
 from common.tf.checkpoint import State
-from common.tf.gradients import Gradients, forward_backward
+from common.tf.gradients import Gradients
+from common.tf.pipeline import compiled, forward, forward_backward
+from common.tf.stage import Stage, take_stage
 from common.topology import Topology
 from common.validation import validate
 
@@ -48,39 +50,42 @@ def sum_of_losses(logits: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
 
 
 def make_train_step(
-    model: keras.Model,
+    model: Stage,
     optimizer: keras.Optimizer,
     gradients: Gradients,
     cfg: TransformerLMConfig,
 ) -> Callable[..., StepSums]:
-    """Returns the compiled step: (inputs, targets, global_size, stop) -> sums."""
+    """Returns the step, as far as it can be compiled: (inputs, targets, global_size, stop) -> sums."""
 
-    @tf.function(
-        input_signature=[
-            tf.TensorSpec((None, cfg.model.context), tf.int64),
-            tf.TensorSpec((None, cfg.model.context), tf.int64),
-            tf.TensorSpec((), tf.int32),
-            tf.TensorSpec((), tf.bool),
-        ]
-    )
-    def train_step(inputs: tf.Tensor, targets: tf.Tensor, global_size: tf.Tensor, stop: tf.Tensor) -> StepSums:
-        """One optimizer step; returns the global batch's mean loss and what else travelled with the gradients."""
-        parts, scale = cfg.parallel.num_micro_batches, gradients.loss_scale
-        loss, grads = forward_backward(model, sum_of_losses, inputs, targets, parts, global_size, scale)
-        sums, grads = gradients.exchange(grads, loss, stop, tf.shape(inputs)[0] / global_size)
+    @tf.function
+    def update(grads: list[tf.Tensor], loss: tf.Tensor, stop: tf.Tensor, share: tf.Tensor) -> StepSums:
+        """What follows backward: the exchange of the gradients, clipping, and the optimizer."""
+        sums, grads = gradients.exchange(grads, loss, stop, share)
         grads = gradients.clip_global_norm(grads, cfg.train.clip_norm)
         optimizers.apply(optimizer, grads, model, sums)
         return sums
 
-    return train_step
+    def train_step(inputs: tf.Tensor, targets: tf.Tensor, global_size: tf.Tensor, stop: tf.Tensor) -> StepSums:
+        """One optimizer step; returns the global batch's mean loss and what else travelled with the gradients."""
+        loss, grads = forward_backward(model, sum_of_losses, inputs, targets, global_size, gradients.loss_scale)
+        return update(grads, loss, stop, tf.shape(inputs)[0] / global_size)
+
+    signature = [
+        tf.TensorSpec((None, cfg.model.context), tf.int64),
+        tf.TensorSpec((None, cfg.model.context), tf.int64),
+        tf.TensorSpec((), tf.int32),
+        tf.TensorSpec((), tf.bool),
+    ]
+    return compiled(model, train_step, signature)
 
 
-def evaluate(model: keras.Model, windows: Windows, topology: Topology, cfg: TransformerLMConfig) -> dict[str, float]:
+def evaluate(model: Stage, windows: Windows, topology: Topology, cfg: TransformerLMConfig) -> dict[str, float]:
     """Loss and perplexity per token, and bits per byte; each example is counted once, on one rank."""
     loss = count = 0.0
     for part in sharding.evaluation_batches(len(windows), EVALUATION_BATCH, topology):
         inputs, targets = runtime.to_tensors(windows.take(part), cfg.precision)
-        loss += float(sum_of_losses(model(inputs, training=False), targets))
+        logits, targets = forward(model, inputs, targets)
+        loss += float(sum_of_losses(logits, targets))
         count += len(targets)
     loss, count = runtime.sum_over_ranks(loss, count)
     bits_per_byte = loss / count / math.log(2) * len(windows.tokens) / windows.num_bytes
@@ -95,7 +100,7 @@ def train(cfg: TransformerLMConfig) -> dict[str, Any]:
     """The whole run, callable from a test; returns what summary.json says."""
     topology = runtime.init()
     with runtime.joint_check():
-        validate(cfg, topology)
+        topology = validate(cfg, topology)
         datasets.prepare(cfg.data, topology)
     with runtime.joint_check():
         corpus = datasets.load_text(cfg.data, cfg.model.context)
@@ -104,7 +109,7 @@ def train(cfg: TransformerLMConfig) -> dict[str, Any]:
     runtime.seed(cfg.seed, topology)
     precision.set_policy(cfg.precision)
     layers = build_layers(cfg.model, corpus.tokenizer.vocabulary_size)
-    model = precision.build_model(keras.Input((cfg.model.context,), dtype="int64"), layers, cfg.precision)
+    model = take_stage(layers, cfg, topology, corpus.train)
     optimizer = optimizers.build(cfg.optimizer, model)
     cfg.compression = choose_compression(cfg, model, corpus.train, topology)
     gradients = Gradients.of(cfg, model, topology)
@@ -125,7 +130,7 @@ def train(cfg: TransformerLMConfig) -> dict[str, Any]:
         if step.ends_epoch:
             run.log(step, **evaluate(model, corpus.test, topology, cfg))
         checkpoints.save_if_due(step, sums, plan)
-    return run.finish(gradients.buckets, runtime.check_in_sync(model))
+    return run.finish(gradients.buckets, runtime.check_in_sync(model, topology.groups), model.bubbles())
 
 
 def main() -> None:

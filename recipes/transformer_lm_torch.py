@@ -20,13 +20,17 @@ from common.run import Run, new_folder
 from common.sharding import Plan
 from common.step_sums import StepSums
 from common.topology import Topology
-from common.torch import optimizers, precision, runtime, transformer
+from common.torch import optimizers, runtime, transformer
 from common.torch.auto import choose_compression
 from common.torch.checkpoint import State
-from common.torch.gradients import Gradients, forward_backward
+from common.torch.gradients import Gradients
+from common.torch.optimizers import Optimizer
+from common.torch.parameter_server import build_gradients
+from common.torch.pipeline import forward, forward_backward
+from common.torch.sharded import build_optimizer
+from common.torch.stage import Stage, take_stage
 from common.validation import validate
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -47,8 +51,8 @@ def sum_of_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def train_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    model: Stage,
+    optimizer: Optimizer,
     gradients: Gradients,
     inputs: Tensor,
     targets: Tensor,
@@ -56,21 +60,20 @@ def train_step(
     cfg: TransformerLMConfig,
 ) -> StepSums:
     """One optimizer step; returns the global batch's mean loss and what else travelled with the gradients."""
-    num_micro_batches = cfg.parallel.num_micro_batches
-    sums = forward_backward(model, sum_of_losses, inputs, targets, num_micro_batches, global_size, gradients)
+    sums = forward_backward(model, sum_of_losses, inputs, targets, global_size, gradients)
     gradients.clip_global_norm(cfg.train.clip_norm)
     optimizers.step(optimizer, sums)
     return sums
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, windows: Windows, topology: Topology, cfg: TransformerLMConfig) -> dict[str, float]:
+def evaluate(model: Stage, windows: Windows, topology: Topology, cfg: TransformerLMConfig) -> dict[str, float]:
     """Loss and perplexity per token, and bits per byte; each example is counted once, on one rank."""
     model.eval()
     loss = count = 0.0
     for part in sharding.evaluation_batches(len(windows), EVALUATION_BATCH, topology):
         inputs, targets = runtime.to_tensors(windows.take(part), cfg.precision, runtime.device(topology))
-        loss += sum_of_losses(model(inputs), targets).item()
+        logits, targets = forward(model, inputs, targets)
+        loss += sum_of_losses(logits, targets).item()
         count += len(targets)
     model.train()
     loss, count = runtime.sum_over_ranks(loss, count)
@@ -86,7 +89,7 @@ def train(cfg: TransformerLMConfig) -> dict[str, Any]:
     """The whole run, callable from a test; returns what summary.json says."""
     topology = runtime.init()
     with runtime.joint_check():
-        validate(cfg, topology)
+        topology = validate(cfg, topology)
         datasets.prepare(cfg.data, topology)
     with runtime.joint_check():
         corpus = datasets.load_text(cfg.data, cfg.model.context)
@@ -95,10 +98,10 @@ def train(cfg: TransformerLMConfig) -> dict[str, Any]:
     runtime.seed(cfg.seed, topology)
     device = runtime.device(topology)
     layers = build_layers(cfg.model, corpus.tokenizer.vocabulary_size)
-    model = precision.Model(layers, cfg.precision, device)
-    optimizer = optimizers.build(cfg.optimizer, model)
+    model = take_stage(layers, cfg, topology, corpus.train)
+    optimizer = build_optimizer(cfg, model)
     cfg.compression = choose_compression(cfg, model, corpus.train, topology)
-    gradients = Gradients.of(cfg, model, topology)
+    gradients = build_gradients(cfg, model, optimizer)
     extras = {"tokenizer": corpus.tokenizer.to_json()}
     state = State(model, optimizer, gradients)
     checkpoints = Checkpoints(cfg, RECIPE, corpus.train.fingerprint, state, runtime, topology, extras)
@@ -113,9 +116,10 @@ def train(cfg: TransformerLMConfig) -> dict[str, Any]:
         sums = train_step(model, optimizer, gradients, inputs, targets, step.global_size, cfg)
         run.record(step, lr, sums)
         if step.ends_epoch:
+            gradients.settle()
             run.log(step, **evaluate(model, corpus.test, topology, cfg))
         checkpoints.save_if_due(step, sums, plan)
-    return run.finish(gradients.buckets, runtime.check_in_sync(model))
+    return run.finish(gradients.buckets, runtime.check_in_sync(model, topology.groups), model.bubbles())
 
 
 def main() -> None:

@@ -3,9 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from common.composition import option
+from common.passage import Passage
 from common.step_sums import StepSums
 from common.tf.checkpoint import State
 from common.tf.gradients import Gradients
+from common.tf.stage import Stage, declare
 from common.topology import Topology
 
 import numpy as np
@@ -19,15 +22,26 @@ class Weights(keras.Layer):
 
     def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
         super().__init__()
-        for number, shape in enumerate(shapes):
+        self.shapes = shapes
+
+    def build(self, input_shape: Sequence[int | None]) -> None:
+        """Makes the weights."""
+        for number, shape in enumerate(self.shapes):
             self.add_weight(shape=shape, initializer="zeros", name=f"w{number}")
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Nothing."""
+        return inputs
 
 
 class Exchange:
     """The gradients of weights that have nothing but shapes."""
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], topology: Topology, **options: Any) -> None:
-        self.model = keras.Sequential([Weights(shapes)])
+        layers = [Weights(shapes)]
+        declare(layers, tf.zeros((1, 1)))
+        passage = Passage("1f1b", 1, 1, topology)
+        self.model = Stage(layers, [range(1)], option("precision", "fp32"), passage)
         self.topology = topology
         self.gradients = Gradients(shapes, topology, **options)
         optimizer = keras.optimizers.SGD()
@@ -56,8 +70,7 @@ class Exchange:
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Takes over what a checkpoint has of the gradients, as rank 0 reads it."""
-        if self.topology.rank == 0:
-            self.kept.load(self.kept.weights(), {}, arrays)
+        self.kept.load(self.kept.weights(), {}, arrays)
         self.kept.broadcast()
 
     def coded(self, rows: np.ndarray) -> np.ndarray:

@@ -3,10 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from common.composition import option
+from common.passage import Passage
 from common.step_sums import StepSums
 from common.topology import Topology
 from common.torch.checkpoint import State
 from common.torch.gradients import Gradients
+from common.torch.stage import Stage
 
 import numpy as np
 import torch
@@ -17,7 +20,8 @@ class Exchange:
     """The gradients of weights that have nothing but shapes."""
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], topology: Topology, **options: Any) -> None:
-        self.model = nn.ParameterList(torch.zeros(shape) for shape in shapes)
+        weights = nn.ParameterList(torch.zeros(shape) for shape in shapes)
+        self.model = Stage([weights], [range(1)], option("precision", "fp32"), Passage("1f1b", 1, 1, topology))
         self.topology = topology
         self.gradients = Gradients(self.model.parameters(), topology, **options)
         self.kept = State(self.model, torch.optim.SGD(self.model.parameters()), self.gradients)
@@ -27,14 +31,15 @@ class Exchange:
         self.gradients.zero()
         self.gradients.exchange_in_next_backward(share=1 / self.topology.num_replicas)
         scale = self.gradients.loss_scale.value
-        terms = [(w * torch.from_numpy(array)).sum() * scale for w, array in zip(self.model, arrays, strict=True)]
-        sum(terms).backward()
-        return self.gradients.wait(), [weight.grad.numpy().copy() for weight in self.model]
+        weights = list(self.model.parameters())
+        terms = [(w * torch.from_numpy(array)).sum() * scale for w, array in zip(weights, arrays, strict=True)]
+        torch.stack(terms).sum().backward()
+        return self.gradients.wait(), [_gradient(weight) for weight in weights]
 
     def clipped(self, max_norm: float) -> np.ndarray:
         """The first of the exchanged gradients after clipping."""
         self.gradients.clip_global_norm(max_norm)
-        return next(iter(self.model)).grad.numpy()
+        return _gradient(next(self.model.parameters()))
 
     def state(self) -> dict[str, list[np.ndarray]]:
         """This rank's compressor state, a list over the weights."""
@@ -45,9 +50,8 @@ class Exchange:
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Takes over what a checkpoint has of the gradients, as rank 0 reads it."""
-        if self.topology.rank == 0:
-            weights = {name: weight.detach().numpy() for name, weight in self.model.named_parameters()}
-            self.kept.load(weights, {}, arrays)
+        weights = {name: weight.detach().numpy() for name, weight in self.model.named_parameters()}
+        self.kept.load(weights, {}, arrays)
         self.kept.broadcast()
 
     def coded(self, rows: np.ndarray) -> np.ndarray:
@@ -55,3 +59,8 @@ class Exchange:
         compressor: Any = self.gradients._compressors[0]
         codes = compressor.encode(torch.from_numpy(rows), compressor.unit.random(0))
         return compressor.decode(codes, rows.shape[1]).numpy()
+
+
+def _gradient(weight: nn.Parameter) -> np.ndarray:
+    assert weight.grad is not None
+    return weight.grad.numpy().copy()

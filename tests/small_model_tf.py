@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 
+from common.composition import option
 from common.config import OptimizerConfig
+from common.passage import Passage
 from common.step_sums import StepSums
 from common.tf import optimizers, runtime
-from common.tf.gradients import Gradients, clip_global_norm, forward_backward
+from common.tf.gradients import Gradients, clip_global_norm
+from common.tf.pipeline import forward_backward
+from common.tf.stage import Stage
 from common.topology import Topology
 
 import numpy as np
@@ -32,9 +36,12 @@ class SmallModel:
         shapes = [variable.shape for variable in self.model.trainable_variables]
         exchange = Gradients(shapes, self.topology, True, dtype="float64", bucket_bytes=bucket_bytes).exchange
 
+        passage = Passage("1f1b", 1, num_micro_batches, self.topology)
+        stage = Stage(self.model.layers, [range(2)], option("precision", "fp64"), passage)
+
         @tf.function
         def step(data: tf.Tensor) -> tuple[StepSums, list[tf.Tensor]]:
-            loss, grads = forward_backward(self.model, half_squares, data, data, num_micro_batches, global_size)
+            loss, grads = forward_backward(stage, half_squares, data, data, global_size)
             return exchange(grads, loss, tf.constant(self.topology.rank == 0), len(inputs) / global_size)
 
         sums, self.grads = step(tf.constant(inputs))

@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 
+from common.composition import option
 from common.config import OptimizerConfig
+from common.passage import Passage
 from common.step_sums import StepSums
 from common.topology import Topology
 from common.torch import optimizers, runtime
-from common.torch.gradients import Gradients, forward_backward
+from common.torch.gradients import Gradients
+from common.torch.pipeline import forward_backward
+from common.torch.stage import Stage
 
 import numpy as np
 import torch
@@ -31,7 +35,9 @@ class SmallModel:
         def half_squares(outputs: Tensor, _: Tensor) -> Tensor:
             return 0.5 * (outputs**2).sum()
 
-        return forward_backward(self.model, half_squares, data, data, num_micro_batches, global_size, self.buckets)
+        passage = Passage("1f1b", 1, num_micro_batches, self.topology)
+        stage = Stage(list(self.model), [range(2)], option("precision", "fp64"), passage)
+        return forward_backward(stage, half_squares, data, data, global_size, self.buckets)
 
     def exchanged(self, max_norm: float) -> list[np.ndarray]:
         self.buckets.clip_global_norm(max_norm)

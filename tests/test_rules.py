@@ -42,7 +42,7 @@ def test_warm_up_multiplies(schedule: str, warmup_steps: int) -> None:
 
 
 def test_the_learning_rate_grows_with_the_batch() -> None:
-    sgd, adamw = SGDConfig("sgd", 0.1, 0.9), AdamWConfig("adamw", 0.001, 0.9, 0.999, 1e-8, 0.0)
+    sgd, adamw = SGDConfig(name="sgd"), AdamWConfig(name="adamw")
     assert (learning_rate_factor(256, 64, sgd), learning_rate_factor(256, 64, adamw)) == (4, 2)
     growing = rates("lr_schedule=constant", "train.batch_schedule=steps", "train.batch_growth_steps=[3,6]")
     assert growing == [2.0] * 3 + [4.0] * 3 + [8.0] * 4

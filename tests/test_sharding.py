@@ -106,7 +106,7 @@ def test_evaluation_takes_each_example_once(world_size: int, num_examples: int) 
         for part in evaluation_batches(num_examples, 4, plan.topology)
     ]
     assert max(map(len, parts)) <= 4
-    assert np.array_equal(np.concatenate(parts), np.arange(num_examples))
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(num_examples))
 
 
 @pytest.mark.parametrize("place", [(2, 2, 0, 1), (-1, 2, 0, 1), (0, 2, 1, 1), (0, 1, 0, 2)])

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from common import datasets
+from common import datasets, model_parts
 from common.config import RunConfig, TransformerLMConfig
 from common.datasets.augment import Augmented
 from common.datasets.examples import Examples
@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -133,3 +134,33 @@ def stock(name: str, cfg: RunConfig) -> list[float]:
             optimizer.step()
 
     return timed(steps(cfg, examples, topology), step)
+
+
+def pipelining(name: str, cfg: RunConfig) -> list[float]:
+    """torch.distributed.pipelining over Gloo: the recipe's layers in two stages, 1F1B."""
+    topology, model, examples = _joined(name, cfg)
+    layers = list(model.children())
+    ranges = model_parts.cut(cfg.parallel, topology.world_size, *[[_numel(layer) for layer in layers]] * 2)
+    part = nn.Sequential(*(layers[number] for number in ranges[topology.rank]))
+    stage = PipelineStage(part, topology.rank, topology.world_size, torch.device("cpu"))
+    schedule = Schedule1F1B(stage, cfg.parallel.num_micro_batches, mean_loss)
+    optimizer = optimizers.build(cfg.optimizer, part)
+
+    def step(inputs: Tensor, targets: Tensor) -> None:
+        optimizer.zero_grad()
+        if stage.is_first:
+            schedule.step(inputs)
+        else:
+            schedule.step(target=targets)
+        gradients = [parameter.grad for parameter in part.parameters() if parameter.grad is not None]
+        squares = nn.utils.get_total_norm(gradients) ** 2
+        dist.all_reduce(squares)
+        nn.utils.clip_grads_with_norm_(part.parameters(), cfg.train.clip_norm, squares.sqrt())
+        optimizer.step()
+
+    # All ranks work on the same examples.
+    return timed(steps(cfg, examples, Topology(0, 1, 0, 1)), step)
+
+
+def _numel(layer: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in layer.parameters())

@@ -10,15 +10,15 @@ from common.method_choice import Estimate, median_seconds
 from common.step_sums import StepSums
 from common.tf import runtime
 from common.tf.gradients import Gradients
+from common.tf.stage import Stage
 from common.topology import Topology
 
 import horovod.tensorflow as hvd
-import keras
 import numpy as np
 import tensorflow as tf
 
 
-def choose_compression(cfg: RunConfig, model: keras.Model, examples: Examples, topology: Topology) -> CompressionConfig:
+def choose_compression(cfg: RunConfig, model: Stage, examples: Examples, topology: Topology) -> CompressionConfig:
     """common/method_choice.py, choose(), for a model's gradients; a step is timed on some of the examples."""
     return method_choice.choose(cfg, _Measure(cfg, model, examples, topology), runtime, topology)
 
@@ -26,7 +26,7 @@ def choose_compression(cfg: RunConfig, model: keras.Model, examples: Examples, t
 @dataclass(frozen=True)
 class _Measure:
     cfg: RunConfig
-    model: keras.Model
+    model: Stage
     examples: Examples
     topology: Topology
 

@@ -1,15 +1,18 @@
 """What a checkpoint holds of a Keras model and its optimizer, in PyTorch's names and layouts."""
 
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 
-from common.checkpoint import check_names_and_shapes
+from common.checkpoint import Arrays, belongs_to, check_names_and_shapes
 from common.compression import SUMMED
 from common.tf import optimizers, runtime
 from common.tf.gradients import Gradients
+from common.tf.stage import Stage
 
 import horovod.tensorflow as hvd
 import keras
 import numpy as np
+import tensorflow as tf
 
 _LEAVES = {"kernel": "weight", "gamma": "weight", "embeddings": "weight", "beta": "bias"}  # Keras' -> PyTorch's
 # Keras keeps a kernel's outputs last, PyTorch first: by number of dimensions, how Keras' axes lie in PyTorch's.
@@ -19,62 +22,62 @@ _AXES = {2: (1, 0), 4: (3, 2, 0, 1)}
 class State:
     """The weights of a model, the state of its optimizer and of its gradients, by the names of common/checkpoint.py."""
 
-    def __init__(self, model: keras.Model, optimizer: keras.Optimizer, gradients: Gradients) -> None:
-        self._model, self._optimizer, self._gradients = model, optimizer, gradients
+    def __init__(self, stage: Stage, optimizer: keras.Optimizer, gradients: Gradients) -> None:
+        self._stage, self._optimizer, self._gradients = stage, optimizer, gradients
 
-    def weights(self) -> dict[str, np.ndarray]:
-        """Copies of the weights; those of layer i of the model are named i.<...>."""
-        return _copies(self._model, self._model.trainable_variables)
+    def weights(self) -> Arrays:
+        """Those of layer i of the model are named i.<...>."""
+        return self._of_all_stages(_copies(self._stage, self._stage.trainable_variables))
 
-    def moments(self) -> dict[str, np.ndarray]:
-        """Copies of the optimizer's state."""
-        arrays = {
-            f"{name}.{moment}": array
-            for moment, variables in optimizers.moments(self._optimizer).items()
-            for name, array in _copies(self._model, variables).items()
-        }
-        if isinstance(self._optimizer, optimizers.AdamW):
-            arrays["num_updates"] = np.array(self._optimizer.iterations.numpy(), np.float32)
-        return arrays
+    def moments(self) -> Arrays:
+        """The optimizer's state."""
+        return self._of_all_stages(self._moments())
 
-    def gradients(self) -> dict[str, np.ndarray]:
-        """What the gradients keep, summed over the ranks where each has its own; to be called by all ranks."""
+    def gradients(self) -> Arrays:
+        """What the gradients keep, summed over the ranks where each has its own."""
+        state = self._gradients.state()
+        kept = {(kind, index): tensor for kind, tensors in state.items() for index, tensor in tensors.items()}
+        summed = {place: tensor for place, tensor in kept.items() if place[0] in SUMMED}
+        if summed:
+            process_set = runtime.process_set(self._stage.topology.group)
+            flat = tf.concat([tf.reshape(tensor, [-1]) for tensor in summed.values()], axis=0)
+            flat = hvd.allreduce(flat, name="state.summed", op=hvd.Sum, process_set=process_set)
+            parts = tf.split(flat, [tensor.shape.num_elements() for tensor in summed.values()])
+            kept |= {place: tf.reshape(part, kept[place].shape) for place, part in zip(summed, parts, strict=True)}
         arrays = {"counters": self._gradients.counters.numpy()}
-        for kind, by_index in self._gradients.state().items():
-            for index, tensor in by_index.items():
-                if kind in SUMMED:
-                    tensor = hvd.allreduce(tensor, name=f"state.{kind}.{index}", op=hvd.Sum)
-                name, axes = self._place(kind, index)
-                arrays[f"{name}.{kind}"] = np.ascontiguousarray(tensor.numpy().transpose(axes))
-        return arrays
+        for (kind, index), tensor in kept.items():
+            name, axes = self._place(kind, index)
+            arrays[f"{name}.{kind}"] = np.ascontiguousarray(tensor.numpy().transpose(axes))
+        return self._of_all_stages(arrays)
 
-    def load(
-        self,
-        new_weights: Mapping[str, np.ndarray],
-        new_moments: Mapping[str, np.ndarray],
-        new_gradients: Mapping[str, np.ndarray],
-    ) -> None:
+    def load(self, new_weights: Arrays, new_moments: Arrays, new_gradients: Arrays) -> None:
         """Takes over weights, and the optimizer's and the gradients' state as far as they suit these.
 
         Raises:
             ConfigError: they are those of another model.
         """
-        load_weights(self._model, new_weights)
+        everyones_names = runtime.gather_json(names(self._stage))
+        new_weights, new_moments, new_gradients = (
+            self._of_this_stage(arrays, everyones_names) for arrays in (new_weights, new_moments, new_gradients)
+        )
+        if not self._stage.topology.leads_group:
+            return
+        load_weights(self._stage, new_weights)
         self._load_gradients(new_gradients)
         if not new_moments:
             return
         left = dict(new_moments)
         self._optimizer.iterations.assign(int(left.pop("num_updates", 0)))
-        check_names_and_shapes({name: array.shape for name, array in self.moments().items() if name in left}, left)
+        check_names_and_shapes({name: array.shape for name, array in self._moments().items() if name in left}, left)
         for moment, variables in optimizers.moments(self._optimizer).items():
             ending = f".{moment}"
             arrays = {name.removesuffix(ending): array for name, array in left.items() if name.endswith(ending)}
-            _load(self._model, variables, arrays)
+            _load(self._stage, variables, arrays)
 
     def broadcast(self) -> None:
-        """Gives all ranks what rank 0 has; of what is summed, each rank its share."""
+        """Gives the ranks with a stage what the first of them has; of what is summed, each its share."""
         kept = [*self._gradients.variables, self._gradients.counters]
-        runtime.broadcast_state(self._model, self._optimizer, kept)
+        runtime.broadcast_state(self._stage, self._optimizer, kept, self._stage.topology.group)
         share = self._gradients.share_of_state
         self._gradients.load(
             {
@@ -82,6 +85,17 @@ class State:
                 for kind, by_index in self._gradients.state().items()
             }
         )
+
+    def _moments(self) -> dict[str, np.ndarray]:
+        """The optimizer's state for this rank's layers."""
+        arrays = {
+            f"{name}.{moment}": array
+            for moment, variables in optimizers.moments(self._optimizer).items()
+            for name, array in _copies(self._stage, variables).items()
+        }
+        if isinstance(self._optimizer, optimizers.AdamW):
+            arrays["num_updates"] = np.array(self._optimizer.iterations.numpy(), np.float32)
+        return arrays
 
     def _load_gradients(self, arrays: Mapping[str, np.ndarray]) -> None:
         state = {}
@@ -97,9 +111,34 @@ class State:
 
     def _place(self, kind: str, index: int) -> tuple[str, tuple[int, ...]]:
         """The name of a variable, and how the axes of its state of a kind lie in PyTorch's."""
-        variable = self._model.trainable_variables[index]
+        variable = self._stage.trainable_variables[index]
         axes = _axes(variable) if kind in SUMMED else None
-        return names(self._model)[index], axes or tuple(range(2 if kind not in SUMMED else len(variable.shape)))
+        return names(self._stage)[index], axes or tuple(range(2 if kind not in SUMMED else len(variable.shape)))
+
+    def _of_all_stages(self, arrays: Arrays) -> Arrays:
+        """On rank 0 what the first rank with each stage has."""
+        topology = self._stage.topology
+        if topology.num_stages == 1:
+            return arrays
+        mine = arrays if topology.leads_group else {}
+        return dict(ChainMap(*runtime.exchange_arrays([mine, *[{}] * (topology.world_size - 1)])))
+
+    def _of_this_stage(self, arrays: Arrays, everyones_names: Sequence[Sequence[str]]) -> Arrays:
+        """Of the arrays that rank 0 has, those that belong to this stage, on the first rank with it.
+
+        Args:
+            arrays: on rank 0.
+            everyones_names: of the weights of each rank.
+        """
+        topology = self._stage.topology
+        if topology.num_stages == 1:
+            return arrays
+        leaders = {ranks[0] for ranks in topology.groups}
+        sent = [
+            {name: array for name, array in arrays.items() if rank in leaders and belongs_to(name, of_rank)}
+            for rank, of_rank in enumerate(everyones_names)
+        ]
+        return runtime.exchange_arrays(sent)[0]
 
 
 def load_weights(model: keras.Model, arrays: Mapping[str, np.ndarray]) -> None:
@@ -112,13 +151,18 @@ def load_weights(model: keras.Model, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def names(model: keras.Model) -> list[str]:
-    """The names of the trainable variables in a checkpoint: number of the layer, sublayers, weight or bias."""
-    places = {layer.name: number for number, layer in enumerate(model.layers)}
-    by_name = []
-    for variable in model.trainable_variables:
-        layer, *inner, leaf = variable.path.removeprefix(f"{model.name}/").split("/")
-        by_name.append(".".join([str(places[layer]), *inner, _LEAVES.get(leaf, leaf)]))
-    return by_name
+    """The names of the trainable variables in a checkpoint: number of the layer, sublayers, weight or bias.
+
+    One that two layers share has the name of the first.
+    """
+    by_variable: dict[int, str] = {}
+    for number, layer in enumerate(model.layers):
+        for variable in layer.trainable_variables:
+            if id(variable) not in by_variable:
+                path = variable.path.split("/")
+                *inner, leaf = path[path.index(layer.name) + 1 :]
+                by_variable[id(variable)] = ".".join([str(number), *inner, _LEAVES.get(leaf, leaf)])
+    return [by_variable[id(variable)] for variable in model.trainable_variables]
 
 
 def _load(model: keras.Model, variables: Sequence[keras.Variable], arrays: Mapping[str, np.ndarray]) -> None:

@@ -4,9 +4,10 @@ from common import sharding
 from common.config import RunConfig
 from common.datasets.examples import Examples
 from common.tf import runtime
+from common.tf.pipeline import forward
+from common.tf.stage import Stage
 from common.topology import Topology
 
-import keras
 import tensorflow as tf
 
 EVALUATION_BATCH = 1024
@@ -20,12 +21,12 @@ def sum_of_losses(logits: tf.Tensor, targets: tf.Tensor, class_weights: tf.Tenso
     return tf.reduce_sum(losses)
 
 
-def evaluate(model: keras.Model, examples: Examples, topology: Topology, cfg: RunConfig) -> dict[str, float]:
+def evaluate(model: Stage, examples: Examples, topology: Topology, cfg: RunConfig) -> dict[str, float]:
     """Loss and accuracy on all examples; each is counted once, on one rank."""
     loss = correct = count = 0.0
     for part in sharding.evaluation_batches(len(examples), EVALUATION_BATCH, topology):
         inputs, targets = runtime.to_tensors(examples.take(part), cfg.precision)
-        logits = model(inputs, training=False)
+        logits, targets = forward(model, inputs, targets)
         loss += float(sum_of_losses(logits, targets))
         correct += float(tf.reduce_sum(tf.cast(tf.argmax(logits, axis=-1) == targets, tf.int32)))
         count += len(targets)

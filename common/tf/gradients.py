@@ -1,7 +1,7 @@
 """Gradients in flat buckets, summed over the replicas while backward still runs."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Self
 
 from common import buckets
@@ -12,58 +12,14 @@ from common.precision import LossScale
 from common.step_sums import NUM_RIDERS, StepSums
 from common.tf import compression, runtime
 from common.tf.compression import Adasum, Channel, Compressor, Dense, Exchanged, Unit
+from common.tf.stage import Stage
 from common.topology import Topology
 
 import horovod.tensorflow as hvd
-import keras
 import numpy as np
 import tensorflow as tf
 
 NO_COMPRESSION = CompressionConfig("none")
-
-
-def forward_backward(
-    model: keras.Model,
-    sum_of_losses: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
-    inputs: tf.Tensor,
-    targets: tf.Tensor,
-    num_micro_batches: int,
-    global_size: tf.Tensor,
-    loss_scale: tf.Tensor | float = 1.0,
-) -> tuple[tf.Tensor, list[tf.Tensor]]:
-    """Forward and backward, one micro-batch after another.
-
-    Args:
-        model: whose trainable variables are differentiated.
-        sum_of_losses: (outputs, targets) -> sum over the examples, not their mean.
-        inputs: (B, ...) this rank's examples of the step; B may be 0.
-        targets: (B, ...)
-        num_micro_batches: parts to cut the B examples into; they differ by one example at most.
-        global_size: () number of examples of all ranks in this step.
-        loss_scale: that the gradients, but not the loss, are multiplied with.
-
-    Returns:
-        This rank's shares of the mean loss over the global batch and of its gradients: the shares of all ranks add up
-        to them, whatever number of examples each rank has.
-    """
-    sizes = _part_sizes(tf.shape(inputs)[0], num_micro_batches)
-    total = tf.zeros((), tf.float64)
-    sums: list[tf.Tensor] = []
-    for part_inputs, part_targets in zip(tf.split(inputs, sizes), tf.split(targets, sizes), strict=True):
-        # The sums so far come first: otherwise all micro-batches run, and hold their activations, at the same time.
-        with tf.control_dependencies(sums), tf.GradientTape() as tape:
-            loss = sum_of_losses(model(_never_empty(part_inputs), training=True), _never_empty(part_targets))
-            loss *= tf.cast(tf.shape(part_inputs)[0] > 0, loss.dtype) / tf.cast(global_size, loss.dtype)
-            scaled = loss * loss_scale
-        values = [variable.value for variable in model.trainable_variables]
-        # That of a slice has no static shape, that of a gather is sparse.
-        gradients = [
-            tf.ensure_shape(tf.convert_to_tensor(gradient), value.shape)
-            for gradient, value in zip(tape.gradient(scaled, values), values, strict=True)
-        ]
-        sums = [a + b for a, b in zip(sums, gradients, strict=True)] if sums else gradients
-        total += tf.cast(loss, tf.float64)
-    return total, sums
 
 
 def sum_over_replicas(
@@ -91,7 +47,7 @@ class Gradients:
 
     Args:
         shapes: of the gradients, in the order of the model's variables.
-        topology: whose replicas take part.
+        topology: whose ranks with the same weights take part.
         measure_noise: also takes the squared norms that the gradient noise scale needs.
         compression: what is done to gradients before they travel.
         op: how the ranks' gradients become one.
@@ -100,6 +56,7 @@ class Gradients:
         seed: of the compressors' random numbers.
         dtype: of the gradients.
         bucket_bytes: largest size of a bucket of several gradients.
+        tied: numbers of the gradients of variables that other stages have, too, each with all ranks that have it.
     """
 
     def __init__(
@@ -114,12 +71,13 @@ class Gradients:
         seed: int = 0,
         dtype: str = "float32",
         bucket_bytes: int = buckets.BUCKET_BYTES,
+        tied: Iterable[tuple[int, Sequence[int]]] = (),
     ) -> None:
-        self._topology = topology
+        self._topology, self._tied = topology, list(tied)
         self._measure_noise = measure_noise
         self._compression, self._op, self._seed = compression, op, seed
         has_feedback = isinstance(compression, LossyConfig) and compression.error_feedback
-        self._local_clip_norm = local_clip_norm(clip_norm, topology.num_replicas) if has_feedback else 0.0
+        self._local_clip_norm = local_clip_norm(clip_norm, topology.world_size) if has_feedback else 0.0
         self._loss_scale = loss_scale or LossScale()
         self._dtype = tf.as_dtype(dtype)
         # Steps made, loss scale, and steps since it changed; the same on all ranks.
@@ -128,12 +86,12 @@ class Gradients:
         self.buckets = buckets.of_model(self._shapes, self._dtype.size, compression, op, bucket_bytes)
         self._dense: list[Compressor] = []
         self._compressors: dict[int, Compressor] = {}  # of buckets that are not summed as they are
-        if topology.num_replicas > 1 or isinstance(compression, LossyConfig):
+        if len(topology.group) > 1 or isinstance(compression, LossyConfig):
             for number, bucket in enumerate(self.buckets):
                 self._add_compressor(number, bucket)
 
     @classmethod
-    def of(cls, cfg: RunConfig, model: keras.Model, topology: Topology) -> Self:
+    def of(cls, cfg: RunConfig, model: Stage, topology: Topology) -> Self:
         """The gradients of a recipe's model."""
         shapes = [variable.shape for variable in model.trainable_variables]
         return cls(
@@ -146,10 +104,11 @@ class Gradients:
             cfg.train.clip_norm,
             cfg.seed,
             cfg.precision.dtype.name,
+            tied=model.tied,
         )
 
     def _add_compressor(self, number: int, bucket: Bucket) -> None:
-        ranks: Sequence[int] = range(self._topology.world_size)
+        ranks: Sequence[int] = self._topology.group
         shapes, name = [self._shapes[index] for index in bucket.members], f"gradients.{number}"
         everyone = Unit(number, shapes, Channel(name, runtime.process_set(ranks)), self._seed)
         self._dense.append(Dense(NO_COMPRESSION, everyone))
@@ -194,7 +153,8 @@ class Gradients:
             last, riders = tf.split(results[-1].summed, [-1, NUM_RIDERS])
             results[-1] = results[-1]._replace(summed=last)
             gradients = self._unpacked([result.summed for result in results])
-        loss, stop, local_squares, overflow = tf.unstack(riders, NUM_RIDERS)
+        gradients = self._with_tied_sums(gradients)
+        loss, stop, local_squares, overflow = tf.unstack(self._sum_over_stages("step_sums", riders), NUM_RIDERS)
         loss_scale = self.counters[1]
         self._keep_state(results, overflow > 0)
         measured = squared_norm(gradients) if self._measure_noise else zero
@@ -204,8 +164,17 @@ class Gradients:
         return StepSums(loss, stop, local_squares, overflow, *measures), list(gradients)
 
     def clip_global_norm(self, gradients: Sequence[tf.Tensor], max_norm: float) -> list[tf.Tensor]:
-        """The exchanged gradients, clipped; with error feedback the ranks have clipped their parts before."""
-        return clip_global_norm(gradients, 0.0 if self._local_clip_norm else max_norm)
+        """The exchanged gradients, clipped by the norm over all stages.
+
+        With error feedback the ranks have clipped their parts before, and nothing is done.
+        """
+        if not max_norm or self._local_clip_norm or self._topology.num_stages == 1:
+            return clip_global_norm(gradients, 0.0 if self._local_clip_norm else max_norm)
+        # A variable that stages share counts once.
+        again = [gradients[number] for number, ranks in self._tied if ranks[0] not in self._topology.group]
+        squares = squared_norm(gradients) - sum(tf.reduce_sum(tf.square(tied)) for tied in again)
+        (squares,) = tf.unstack(self._sum_over_stages("squares", squares[None]))
+        return clip_global_norm(gradients, max_norm, tf.sqrt(squares))
 
     def state(self) -> dict[str, dict[int, tf.Tensor]]:
         """The compressors' state by name and variable's index; this rank's alone."""
@@ -232,7 +201,7 @@ class Gradients:
         """The part of a summed state that this rank takes: the same for each rank that compresses."""
         is_two_level = isinstance(self._compression, LossyConfig) and self._compression.two_level
         if not is_two_level:
-            return 1 / self._topology.num_replicas
+            return 1 / len(self._topology.group)
         return 1 / len(self._topology.first_ranks_of_hosts) if self._topology.local_rank == 0 else 0.0
 
     def set_counters(self, num_steps: float, scale: float, good_steps: float) -> None:
@@ -277,6 +246,21 @@ class Gradients:
                 by_index[index] = tf.reshape(part, self._shapes[index])
         return [by_index[index] for index in range(len(self._shapes))]
 
+    def _with_tied_sums(self, gradients: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Those of variables that stages share are added up; all ranks of a stage have the stage's sum."""
+        summed = list(gradients)
+        for place, (number, ranks) in enumerate(self._tied):
+            mine, process_set = summed[number] / len(self._topology.group), runtime.process_set(ranks)
+            summed[number] = hvd.allreduce(mine, name=f"tied.{place}", op=hvd.Sum, process_set=process_set)
+        return summed
+
+    def _sum_over_stages(self, name: str, values: tf.Tensor) -> tf.Tensor:
+        """(n,) sums of what all ranks of a stage have alike."""
+        if self._topology.num_stages == 1:
+            return values
+        # Zeros of all but one rank of a stage would not do: TensorFlow sends a constant once, before the graph runs.
+        return hvd.allreduce(values / len(self._topology.group), name=name, op=hvd.Sum)
+
     def _keep_state(self, results: Sequence[Exchanged], overflow: tf.Tensor) -> None:
         """Takes over what the exchange has left, unless the step is skipped; counts it."""
         for number, compressor in self._compressors.items():
@@ -299,12 +283,20 @@ class Gradients:
             return zero, zero
         squares = squared_norm([result.error for result in results])
         true, squares = tf.split(
-            hvd.allreduce(tf.concat([*sent, squares[None]], 0), name="health", op=hvd.Sum),
+            hvd.allreduce(
+                tf.concat([*sent, squares[None]], 0),
+                name="health",
+                op=hvd.Sum,
+                process_set=runtime.process_set(self._topology.group),
+            ),
             [sum(flat.shape.num_elements() for flat in sent), 1],
         )
         applied = tf.concat([result.summed for result in results], 0)
-        cosine = tf.reduce_sum(tf.math.l2_normalize(true) * tf.math.l2_normalize(applied))
-        return cosine, tf.sqrt(squares[0])
+        products = [tf.reduce_sum(a * b) for a, b in ((true, applied), (true, true), (applied, applied))]
+        of_all = self._sum_over_stages("health_of_stages", tf.stack([*products, squares[0]]))
+        product, true_squares, applied_squares, squares = tf.unstack(of_all)
+        cosine = tf.math.divide_no_nan(product, tf.sqrt(true_squares) * tf.sqrt(applied_squares))
+        return cosine, tf.sqrt(squares)
 
 
 def all_finite(gradients: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -317,31 +309,25 @@ def squared_norm(gradients: Sequence[tf.Tensor]) -> tf.Tensor:
     return tf.add_n([tf.reduce_sum(tf.square(gradient)) for gradient in gradients])
 
 
-def clip_global_norm(gradients: Sequence[tf.Tensor], max_norm: float) -> list[tf.Tensor]:
+def clip_global_norm(gradients: Sequence[tf.Tensor], max_norm: float, norm: tf.Tensor | None = None) -> list[tf.Tensor]:
     """The gradients, scaled down to a global L2 norm of max_norm where theirs is larger; 0: as they are.
+
+    Args:
+        gradients: of a model, or of a part of it.
+        max_norm: of the model's.
+        norm: () of the model's, where that is not the gradients' own.
 
     Source: Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks", 2013,
     https://arxiv.org/abs/1211.5063 (algorithm 1)
     """
     if not max_norm:
         return list(gradients)
-    norm = tf.linalg.global_norm(gradients)
+    norm = tf.linalg.global_norm(gradients) if norm is None else norm
     largest = tf.constant(max_norm, norm.dtype)
     scale = largest / tf.maximum(norm, largest)  # exactly 1 where nothing is to be clipped
     return [gradient * scale for gradient in gradients]
 
 
-def _never_empty(examples: tf.Tensor) -> tf.Tensor:
-    """The examples, or one of zeros where there are none: TensorFlow's convolutions fail without any (oneDNN)."""
-    is_empty = tf.cast(tf.shape(examples)[0] == 0, tf.int32)
-    return tf.pad(examples, [[0, is_empty], *[[0, 0]] * (len(examples.shape) - 1)])
-
-
 def _size(tensor: tf.Tensor) -> int:
     """Bytes that the tensor takes."""
     return int(tensor.shape.num_elements() * tensor.dtype.size)
-
-
-def _part_sizes(size: tf.Tensor, num_parts: int) -> tf.Tensor:
-    """(num_parts,) int32 that add up to size and differ by one at most, larger ones first."""
-    return size // num_parts + tf.cast(tf.range(num_parts) < size % num_parts, tf.int32)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,8 +14,11 @@ from common.topology import Topology
 import horovod.tensorflow as hvd
 import keras
 import numpy as np
+import safetensors.numpy
 import tensorflow as tf
 from horovod.common.exceptions import HorovodInternalError
+
+Arrays = Mapping[str, np.ndarray]
 
 _process_sets: dict[tuple[int, ...], hvd.ProcessSet] = {}
 
@@ -57,7 +60,7 @@ def shutdown() -> None:
 
 
 def seed(number: int, topology: Topology) -> None:
-    """Seeds this rank's random numbers; rank 0's decide the initial weights."""
+    """Seeds this rank's random numbers, which decide the initial weights, alike on all ranks."""
     keras.utils.set_random_seed(_seed(number, topology, 0))
 
 
@@ -69,7 +72,7 @@ def seed_dropout(model: keras.Model, number: int, topology: Topology, step: int)
 
 
 def _seed(number: int, topology: Topology, step: int) -> int:
-    return int(np.random.SeedSequence((number, topology.rank, step)).generate_state(1)[0])
+    return int(np.random.SeedSequence((number, topology.rank if step else 0, step)).generate_state(1)[0])
 
 
 def to_tensor(array: np.ndarray, cfg: PrecisionConfig) -> tf.Tensor:
@@ -107,22 +110,38 @@ def sum_over_ranks(*values: float | tf.Tensor) -> list[float]:
     return sums
 
 
-def broadcast_state(model: keras.Model, optimizer: keras.Optimizer, others: Iterable[tf.Variable] = ()) -> None:
-    """Gives all ranks rank 0's weights, optimizer state and other variables, in one message per dtype."""
+def broadcast_state(
+    model: keras.Model,
+    optimizer: keras.Optimizer,
+    others: Iterable[tf.Variable] = (),
+    ranks: Sequence[int] | None = None,
+) -> None:
+    """Gives all ranks, or some, the first one's weights, optimizer state and others, a message per dtype."""
+    ranks = range(hvd.size()) if ranks is None else ranks
+    if len(ranks) == 1:
+        return
     variables = [*model.weights, *optimizer.variables, *others]
     for dtype in {tf.as_dtype(variable.dtype): None for variable in variables}:
         same = [variable for variable in variables if tf.as_dtype(variable.dtype) == dtype]
         tensors = [tf.convert_to_tensor(variable) for variable in same]
         flat = tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], axis=0)
-        parts = tf.split(
-            hvd.broadcast(flat, 0, name=f"state.{dtype.name}"), [tensor.shape.num_elements() for tensor in tensors]
-        )
+        flat = hvd.broadcast(flat, ranks[0], name=f"state.{dtype.name}", process_set=process_set(ranks))
+        parts = tf.split(flat, [tensor.shape.num_elements() for tensor in tensors])
         for variable, part in zip(same, parts, strict=True):
             variable.assign(tf.reshape(part, variable.shape))
 
 
-def check_in_sync(model: keras.Model) -> str:
-    """Compares the weights of all ranks bit by bit and returns their SHA-256.
+def exchange_arrays(outgoing: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
+    """Sends named arrays to each rank, by its number; returns those that came from each."""
+    contents = [safetensors.numpy.save(dict(arrays)) if arrays else b"" for arrays in outgoing]
+    values = tf.constant(np.frombuffer(b"".join(contents), np.uint8))
+    received, sizes = hvd.alltoall(values, splits=[len(content) for content in contents], name="exchange_arrays")
+    parts = [part.numpy().tobytes() for part in tf.split(received, sizes)]
+    return [safetensors.numpy.load(part) if part else {} for part in parts]
+
+
+def check_in_sync(model: keras.Model, groups: Sequence[Sequence[int]] | None = None) -> str:
+    """Compares the weights of all ranks, or of those in each group, bit by bit; returns a SHA-256 of all groups'.
 
     Raises:
         TrainingError: they differ.
@@ -130,7 +149,7 @@ def check_in_sync(model: keras.Model) -> str:
     digest = hashlib.sha256()
     for weight in model.weights:
         digest.update(weight.numpy().tobytes())
-    return agreement.same_everywhere(digest.hexdigest(), gather_json)
+    return agreement.same_in_groups(digest.hexdigest(), groups or [range(hvd.size())], gather_json)
 
 
 def is_lost_rank(error: BaseException) -> bool:

@@ -1,11 +1,14 @@
 """What a checkpoint holds of a PyTorch model and its optimizer."""
 
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 
-from common.checkpoint import check_names_and_shapes
+from common.checkpoint import Arrays, belongs_to, check_names_and_shapes
 from common.compression import SUMMED
 from common.torch import optimizers, runtime
 from common.torch.gradients import Gradients
+from common.torch.sharded import ShardedOptimizer
+from common.torch.stage import Stage
 
 import horovod.torch as hvd
 import numpy as np
@@ -16,54 +19,60 @@ from torch import Tensor, nn
 class State:
     """The weights of a model, the state of its optimizer and of its gradients, by the names of common/checkpoint.py."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, gradients: Gradients) -> None:
-        self._model, self._optimizer, self._gradients = model, optimizer, gradients
+    def __init__(self, stage: Stage, optimizer: torch.optim.Optimizer | ShardedOptimizer, gradients: Gradients) -> None:
+        self._stage, self._optimizer, self._gradients = stage, optimizer, gradients
 
-    def weights(self) -> dict[str, np.ndarray]:
-        """Copies of the weights; those of layer i of the model are named i.<...>."""
-        return _copies(weights(self._model))
+    def weights(self) -> Arrays:
+        """Those of layer i of the model are named i.<...>."""
+        self._gradients.settle()
+        return self._of_all_stages(weights(self._stage))
 
-    def moments(self) -> dict[str, np.ndarray]:
-        """Copies of the optimizer's state."""
-        return _copies(optimizers.moments(self._optimizer, self._model))
+    def moments(self) -> Arrays:
+        """The optimizer's state."""
+        if isinstance(self._optimizer, ShardedOptimizer):
+            return self._optimizer.moments()
+        return self._of_all_stages(optimizers.moments(self._optimizer, self._stage))
 
-    def gradients(self) -> dict[str, np.ndarray]:
-        """What the gradients keep, summed over the ranks where each has its own; to be called by all ranks."""
+    def gradients(self) -> Arrays:
+        """What the gradients keep, summed over the ranks where each has its own."""
         kept = self._kept()
         summed = {name: tensor for name, tensor in kept.items() if name.endswith(SUMMED)}
         if summed:
+            process_set = runtime.process_set(self._stage.topology.group)
+            lengths = [tensor.numel() for tensor in summed.values()]
             flat = torch.cat([tensor.flatten() for tensor in summed.values()])
-            parts = hvd.allreduce(flat, name="state.summed", op=hvd.Sum).split(
-                [len(t.flatten()) for t in summed.values()]
-            )
-            kept |= {name: part.view_as(kept[name]) for name, part in zip(summed, parts, strict=True)}
-        return _copies(kept | {"counters": self._gradients.counters()})
+            flat = hvd.allreduce(flat, name="state.summed", op=hvd.Sum, process_set=process_set)
+            kept |= {name: part.view_as(kept[name]) for name, part in zip(summed, flat.split(lengths), strict=True)}
+        return self._of_all_stages(kept | {"counters": self._gradients.counters()})
 
-    def load(
-        self,
-        new_weights: Mapping[str, np.ndarray],
-        new_moments: Mapping[str, np.ndarray],
-        new_gradients: Mapping[str, np.ndarray],
-    ) -> None:
+    def load(self, new_weights: Arrays, new_moments: Arrays, new_gradients: Arrays) -> None:
         """Takes over weights, and the optimizer's and the gradients' state as far as they suit these.
 
         Raises:
             ConfigError: they are those of another model.
         """
-        load_weights(self._model, new_weights)
+        names = runtime.gather_json(list(weights(self._stage)))
+        new_weights, new_moments, new_gradients = (
+            self._of_this_stage(arrays, names) for arrays in (new_weights, new_moments, new_gradients)
+        )
+        if isinstance(self._optimizer, ShardedOptimizer):
+            self._optimizer.load_moments(new_moments)
+        if not self._stage.topology.leads_group:
+            return
+        load_weights(self._stage, new_weights)
         for name, tensor in self._kept().items():
             if name in new_gradients and new_gradients[name].shape == tensor.shape:
                 tensor.copy_(torch.from_numpy(new_gradients[name]))
         self._gradients.set_counters(torch.from_numpy(new_gradients["counters"]))
-        if new_moments:
-            _load(optimizers.moments(self._optimizer, self._model), new_moments)
+        if new_moments and not isinstance(self._optimizer, ShardedOptimizer):
+            _load(optimizers.moments(self._optimizer, self._stage), new_moments)
             if "num_updates" in new_moments:
                 optimizers.set_num_updates(self._optimizer, float(new_moments["num_updates"]))
 
     def broadcast(self) -> None:
-        """Gives all ranks what rank 0 has; of what is summed, each rank its share."""
-        kept, counters = self._kept(), self._gradients.counters()
-        runtime.broadcast_state(self._model, self._optimizer, [*kept.values(), counters])
+        """Gives the ranks with a stage what the first of them has; of what is summed, each its share."""
+        kept, counters, group = self._kept(), self._gradients.counters(), self._stage.topology.group
+        runtime.broadcast_state(self._stage, self._optimizer, [*kept.values(), counters], group)
         self._gradients.set_counters(counters)
         for name, tensor in kept.items():
             if name.endswith(SUMMED):
@@ -71,12 +80,38 @@ class State:
 
     def _kept(self) -> dict[str, Tensor]:
         """What this rank's compressors keep, such as 1.weight.residual."""
-        names = list(weights(self._model))
+        names = list(weights(self._stage))
         return {
             f"{names[index]}.{name}": tensor
             for name, tensors in self._gradients.state().items()
             for index, tensor in tensors.items()
         }
+
+    def _of_all_stages(self, tensors: Mapping[str, Tensor]) -> Arrays:
+        """On rank 0 copies of what the first rank with each stage has."""
+        topology = self._stage.topology
+        arrays = _copies(tensors) if topology.leads_group else {}
+        if topology.num_stages == 1:
+            return arrays
+        received = runtime.exchange_arrays([arrays, *[{}] * (topology.world_size - 1)])
+        return dict(ChainMap(*received))
+
+    def _of_this_stage(self, arrays: Arrays, names: Sequence[Sequence[str]]) -> Arrays:
+        """Of the arrays that rank 0 has, those that belong to this stage, on the first rank with it.
+
+        Args:
+            arrays: on rank 0.
+            names: of the weights of each rank.
+        """
+        topology = self._stage.topology
+        if topology.num_stages == 1:
+            return arrays
+        leaders = {ranks[0] for ranks in topology.groups}
+        sent = [
+            {name: array for name, array in arrays.items() if rank in leaders and belongs_to(name, of_rank)}
+            for rank, of_rank in enumerate(names)
+        ]
+        return runtime.exchange_arrays(sent)[0]
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

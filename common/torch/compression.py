@@ -7,7 +7,7 @@ import importlib
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,13 +111,15 @@ class Compressor(ABC):
     """A way to sum a unit's gradients over the ranks.
 
     Attributes:
-        kept: what an exchange leaves for the next one, by its name in a checkpoint: one tensor (n,) for the whole
-            unit, or one for each gradient.
+        kept: what an exchange starts from, by its name in a checkpoint: one tensor (n,) for the whole unit, or a list
+            with one for each gradient.
+        left: what the last exchange has left for the next one, by the same names; tensors of its own.
     """
 
     def __init__(self, cfg: CompressionConfig, unit: Unit) -> None:
         self.unit = unit
-        self.kept: dict[str, Tensor | list[Tensor]] = {}
+        self.kept: dict[str, Any] = {}
+        self.left: dict[str, Any] = {}
 
     @abstractmethod
     def exchange(self, values: Tensor, step: int) -> Exchange:
@@ -128,14 +130,11 @@ class Compressor(ABC):
         """What this rank has sent in the last exchange."""
         return self.unit.channel.num_bytes
 
-    def left(self) -> list[Tensor]:
-        """What the last exchange has left for the next one: new values for all that is kept, in order."""
-        return []
-
     def commit(self) -> None:
         """Keeps what the last exchange has left; not called when its step is skipped."""
-        for kept, new in zip(_flattened(self.kept.values()), self.left(), strict=True):
-            kept.copy_(new)
+        for name, new in self.left.items():
+            # What was kept is the next exchange's to write over: new memory takes longer than what is done with it.
+            self.kept[name], self.left[name] = new, self.kept[name]
 
     def state(self) -> dict[str, list[Tensor]]:
         """What is kept by name: a tensor for each gradient of the unit."""
@@ -176,7 +175,7 @@ class Codec(Compressor):
         errors = pieces - self.decode(codes, size)
         received = self.decode((yield channel.alltoall(codes)), size)
         received[me] = pieces[me]
-        total = received[0].clone()
+        total = received[0]
         for row in received[1:]:
             total += row
         code = self.encode(total[None], random)
@@ -277,17 +276,15 @@ class ErrorFeedback(Compressor):
     def __init__(self, inner: Compressor) -> None:
         super().__init__(CompressionConfig("error_feedback"), inner.unit)
         self._inner = inner
-        self._residual = self._error = inner.unit.new_zeros()
-        self.kept = {"residual": self._residual, **inner.kept}
+        self.kept, self.left = inner.kept, inner.left
+        self.kept["residual"] = inner.unit.new_zeros()
 
     def exchange(self, values: Tensor, step: int) -> Exchange:
         """Exchanges the corrected values."""
-        summed, self._error = yield from self._inner.exchange(values + self._residual, step)
-        return summed, self._error
-
-    def left(self) -> list[Tensor]:
-        """The error, and what the inner one has left."""
-        return [self._error, *self._inner.left()]
+        corrected = torch.add(values, self.kept["residual"], out=self.left.get("residual"))
+        summed, error = yield from self._inner.exchange(corrected, step)
+        self.left["residual"] = error
+        return summed, error
 
 
 class TwoLevel(Compressor):
@@ -296,7 +293,7 @@ class TwoLevel(Compressor):
     def __init__(self, inner: Compressor, host: Channel, is_first: bool) -> None:
         super().__init__(CompressionConfig("two_level"), inner.unit)
         self._inner, self._host, self._is_first = inner, host, is_first
-        self.kept = inner.kept
+        self.kept, self.left = inner.kept, inner.left
 
     def exchange(self, values: Tensor, step: int) -> Exchange:
         """Allreduce in the host, the inner exchange, broadcast in the host."""
@@ -304,18 +301,13 @@ class TwoLevel(Compressor):
         summed, error = (yield self._host.allreduce(values)), torch.zeros(())
         if self._is_first:
             summed, error = yield from self._inner.exchange(summed, step)
-        summed = yield self._host.broadcast(summed.contiguous())
+        summed = yield self._host.broadcast(summed)
         return summed, error
 
     @property
     def num_bytes(self) -> int:
         """Within the host and between hosts."""
         return super().num_bytes + self._host.num_bytes
-
-    def commit(self) -> None:
-        """The inner one's, where it took part."""
-        if self._is_first:
-            self._inner.commit()
 
 
 def build(cfg: LossyConfig, unit: Unit, topology: Topology) -> Compressor:
@@ -400,11 +392,6 @@ def wire_dtype(values: WireValues) -> torch.dtype:
 def _padded(values: Tensor, size: int) -> Tensor:
     """The last dimension filled up with zeros to a size."""
     return torch.nn.functional.pad(values, (0, size - values.shape[-1]))
-
-
-def _flattened(kept: Iterable[Tensor | list[Tensor]]) -> Iterator[Tensor]:
-    for one in kept:
-        yield from one if isinstance(one, list) else [one]
 
 
 def where_positive(scales: Tensor) -> Tensor:

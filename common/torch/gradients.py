@@ -1,10 +1,10 @@
 """Gradients in flat buckets, summed over the replicas while backward still runs."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Self
 
-from common import buckets, stopping
+from common import buckets
 from common.buckets import Bucket
 from common.compression import local_clip_norm
 from common.config import CompressionConfig, LossyConfig, ReduceOp, RunConfig
@@ -13,6 +13,7 @@ from common.step_sums import NUM_RIDERS, StepSums
 from common.topology import Topology
 from common.torch import compression, runtime
 from common.torch.compression import Adasum, Channel, Compressor, Dense, Exchanges, Unit
+from common.torch.stage import Stage
 
 import horovod.torch as hvd
 import torch
@@ -29,8 +30,8 @@ class Gradients:
     into its bucket when backward has made it, and stays there; one rank alone needs no buckets, unless it compresses.
 
     Args:
-        parameters: the model's, in its order.
-        topology: whose replicas take part.
+        parameters: the model's, or those of this rank's stage of it, in their order.
+        topology: whose ranks with the same weights take part.
         measure_noise: also takes the squared norms that the gradient noise scale needs.
         compression: what is done to gradients before they travel.
         op: how the ranks' gradients become one.
@@ -38,6 +39,7 @@ class Gradients:
         clip_norm: with error feedback, what clip_global_norm would keep afterwards: each rank clips its part before.
         seed: of the compressors' random numbers.
         bucket_bytes: largest size of a bucket of several gradients.
+        tied: parameters that other stages have, too, each with all ranks that have it.
     """
 
     def __init__(
@@ -51,13 +53,14 @@ class Gradients:
         clip_norm: float = 0.0,
         seed: int = 0,
         bucket_bytes: int = buckets.BUCKET_BYTES,
+        tied: Iterable[tuple[nn.Parameter, Sequence[int]]] = (),
     ) -> None:
-        self._topology = topology
+        self._topology, self._tied = topology, list(tied)
         self._measure_noise = measure_noise
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._compression, self._op, self._seed = compression, op, seed
         has_feedback = isinstance(compression, LossyConfig) and compression.error_feedback
-        self._local_clip_norm = local_clip_norm(clip_norm, topology.num_replicas) if has_feedback else 0.0
+        self._local_clip_norm = local_clip_norm(clip_norm, topology.world_size) if has_feedback else 0.0
         self.loss_scale = loss_scale or LossScale()
         self.num_steps = 0
         shapes = [tuple(parameter.shape) for parameter in self._parameters]
@@ -73,14 +76,15 @@ class Gradients:
         self._sent: dict[int, Tensor] = {}  # buckets under way: what was sent, where the health is looked at
         self._last_backward = False
         self._riders = self._parameters[0].new_zeros(NUM_RIDERS, requires_grad=False)
-        if topology.num_replicas > 1 or isinstance(compression, LossyConfig):
+        if len(topology.group) > 1 or isinstance(compression, LossyConfig):
             self._make_buckets()
 
     @classmethod
-    def of(cls, cfg: RunConfig, model: nn.Module, topology: Topology) -> Self:
+    def of(cls, cfg: RunConfig, model: Stage, topology: Topology) -> Self:
         """The gradients of a recipe's model."""
         noise, scale = cfg.train.measures_noise, LossScale.of(cfg.precision)
-        return cls(model.parameters(), topology, noise, cfg.compression, cfg.op, scale, cfg.train.clip_norm, cfg.seed)
+        settings = (noise, cfg.compression, cfg.op, scale, cfg.train.clip_norm, cfg.seed)
+        return cls(model.parameters(), topology, *settings, tied=model.tied)
 
     def _make_buckets(self) -> None:
         places: dict[int, Tensor] = {}
@@ -103,7 +107,7 @@ class Gradients:
             parameter.register_post_accumulate_grad_hook(partial(self._finished_one, index, owners[index]))
 
     def _add_compressor(self, number: int, bucket: Bucket, shapes: list[tuple[int, ...]]) -> None:
-        ranks: Sequence[int] = range(self._topology.world_size)
+        ranks: Sequence[int] = self._topology.group
         name, device = f"gradients.{number}", self._riders.device
         everyone = Unit(number, shapes, Channel(name, runtime.process_set(ranks)), self._seed, device)
         self._dense.append(Dense(NO_COMPRESSION, everyone))
@@ -143,10 +147,12 @@ class Gradients:
         """
         self._last_backward = False
         errors = self._finish_exchanges()
-        loss, stop, local_squares, overflow = self._riders.clone()
+        if self.loss_scale.is_dynamic and not self._values:
+            self._riders[3] = self._unscaled_alone()
+        self._sum_tied()
+        loss, stop, local_squares, overflow = self._sum_over_stages("step_sums", self._riders)
         loss_scale, is_skipped = self.loss_scale.value, False
         if self.loss_scale.is_dynamic:
-            overflow = overflow if self._values else self._unscaled_alone()
             is_skipped = bool(overflow > 0)
             self.loss_scale.update(is_skipped)
         if not is_skipped:
@@ -167,12 +173,23 @@ class Gradients:
         https://arxiv.org/abs/1211.5063 (algorithm 1)
         """
         if not self._local_clip_norm:
-            self._clip(max_norm)
+            self._clip(max_norm, self._global_norm() if max_norm else 0.0)
 
-    def _clip(self, max_norm: float) -> None:
-        norm = nn.utils.get_total_norm(self._all_values()) if max_norm else 0.0
+    def _global_norm(self) -> Tensor:
+        """() the norm of all stages' gradients; a weight that stages share counts once."""
+        norm = nn.utils.get_total_norm(self._all_values())
+        if self._topology.num_stages == 1:
+            return norm
+        again = [tied for tied, ranks in self._tied if ranks[0] not in self._topology.group]
+        squares = norm**2 - sum(tied.grad.square().sum() for tied in again if tied.grad is not None)
+        return self._sum_over_stages("squares", squares[None])[0].sqrt()
+
+    def _clip(self, max_norm: float, norm: Tensor | float) -> None:
         if norm > max_norm:
             torch._foreach_mul_(self._all_values(), max_norm / norm)
+
+    def settle(self) -> None:
+        """Returns when this rank has the newest weights; it always has."""
 
     def state(self) -> dict[str, dict[int, Tensor]]:
         """The compressors' state by name and parameter's index; views, this rank's alone."""
@@ -187,7 +204,7 @@ class Gradients:
         """The part of a summed state that this rank takes: the same for each rank that compresses."""
         is_two_level = isinstance(self._compression, LossyConfig) and self._compression.two_level
         if not is_two_level:
-            return 1 / self._topology.num_replicas
+            return 1 / len(self._topology.group)
         return 1 / len(self._topology.first_ranks_of_hosts) if self._topology.local_rank == 0 else 0.0
 
     def counters(self) -> Tensor:
@@ -245,7 +262,8 @@ class Gradients:
             if parameter.grad is None:
                 parameter.grad = view.zero_()
         if self._local_clip_norm:
-            self._clip(self._local_clip_norm * self.loss_scale.value)
+            norm = nn.utils.get_total_norm(self._all_values())
+            self._clip(self._local_clip_norm * self.loss_scale.value, norm)
         for number in range(len(self._values)):
             if number not in self._sent:
                 self._send(number)
@@ -254,6 +272,20 @@ class Gradients:
             if summed is not self._messages[number]:
                 self._messages[number].copy_(summed)
         return [error for _, error in results.values()]
+
+    def _sum_tied(self) -> None:
+        """Adds up the gradients of weights that stages share; all ranks of a stage have the stage's sum."""
+        for tied, ranks in self._tied:
+            gradient = tied.new_zeros(tied.shape) if tied.grad is None else tied.grad
+            if not self._topology.leads_group:
+                gradient.zero_()
+            hvd.allreduce_(gradient, name="tied", op=hvd.Sum, process_set=runtime.process_set(ranks))
+
+    def _sum_over_stages(self, name: str, values: Tensor) -> Tensor:
+        """(n,) sums of what all ranks of a stage have alike."""
+        if self._topology.num_stages == 1:
+            return values.clone()
+        return hvd.allreduce(values * self._topology.leads_group, name=name, op=hvd.Sum)
 
     def _keep_state(self) -> None:
         for number, compressor in self._compressors.items():
@@ -281,35 +313,3 @@ class Gradients:
         summed = hvd.allreduce(torch.cat([sent, squares[None]]), name="health", op=hvd.Sum)
         cosine = torch.cosine_similarity(summed[:-1], torch.cat(self._values), dim=0)
         return float(cosine), float(summed[-1].sqrt())
-
-
-def forward_backward(
-    model: nn.Module,
-    sum_of_losses: Callable[[Tensor, Tensor], Tensor],
-    inputs: Tensor,
-    targets: Tensor,
-    num_micro_batches: int,
-    global_size: int,
-    gradients: Gradients,
-) -> StepSums:
-    """Forward and backward, one micro-batch after another; leaves the mean over the global batch in the gradients.
-
-    Args:
-        model: what is differentiated.
-        sum_of_losses: (outputs, targets) -> sum over the examples, not their mean.
-        inputs: (B, ...) this rank's examples of the step; B may be 0.
-        targets: (B, ...)
-        num_micro_batches: parts to cut the B examples into; they differ by one example at most.
-        global_size: number of examples of all ranks in this step.
-        gradients: the model's.
-    """
-    gradients.zero()
-    total: Tensor | float = 0.0
-    parts = zip(inputs.tensor_split(num_micro_batches), targets.tensor_split(num_micro_batches), strict=True)
-    for number, (part_inputs, part_targets) in enumerate(parts, start=1):
-        loss = sum_of_losses(model(part_inputs), part_targets) / global_size
-        total = total + loss.detach()
-        if number == num_micro_batches:
-            gradients.exchange_in_next_backward(total, stopping.requested(), len(inputs) / global_size)
-        (loss * gradients.loss_scale.value).backward()
-    return gradients.wait()

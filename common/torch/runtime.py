@@ -3,19 +3,23 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 from common import agreement, host
 from common.config import PrecisionConfig
 from common.topology import Topology
+from common.torch.optimizers import Optimizer
 
 import horovod.torch as hvd
 import numpy as np
+import safetensors.numpy
 import torch
 from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor, nn
+
+Arrays = Mapping[str, np.ndarray]
 
 _process_sets: dict[tuple[int, ...], hvd.ProcessSet] = {}
 
@@ -58,8 +62,8 @@ def dtype(cfg: PrecisionConfig) -> torch.dtype:
 
 
 def seed(number: int, topology: Topology, step: int = 0) -> None:
-    """Seeds this rank's random numbers from a step on; 0: rank 0's decide the initial weights, later ones dropout."""
-    state = int(np.random.SeedSequence((number, topology.rank, step)).generate_state(1)[0])
+    """Seeds this rank's random numbers from a step on; 0: initial weights, alike on all ranks; later ones: dropout."""
+    state = int(np.random.SeedSequence((number, topology.rank if step else 0, step)).generate_state(1)[0])
     torch.default_generator.manual_seed(state)
     if torch.cuda.is_available():  # torch.manual_seed would look for one each time, for a millisecond
         torch.cuda.manual_seed(state)
@@ -99,19 +103,38 @@ def sum_over_ranks(*values: float | Tensor) -> list[float]:
     return hvd.allreduce(torch.tensor(values, dtype=torch.float64), name="sum_over_ranks", op=hvd.Sum).tolist()
 
 
-def broadcast_state(model: nn.Module, optimizer: torch.optim.Optimizer, others: Iterable[Tensor] = ()) -> None:
-    """Gives all ranks rank 0's weights, buffers, optimizer state and other tensors, in one message per dtype."""
+def broadcast_state(
+    model: nn.Module,
+    optimizer: Optimizer,
+    others: Iterable[Tensor] = (),
+    ranks: Sequence[int] | None = None,
+) -> None:
+    """Gives all ranks, or some, the first one's weights, buffers, optimizer state and others, a message per dtype."""
+    ranks = range(hvd.size()) if ranks is None else ranks
+    if len(ranks) == 1:
+        return
     state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
     tensors = [*model.state_dict().values(), *state, *others]
     for dtype in {tensor.dtype: None for tensor in tensors}:
         same = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = hvd.broadcast(torch.cat([tensor.flatten() for tensor in same]), 0, name=f"state.{dtype}")
+        flat = torch.cat([tensor.flatten() for tensor in same])
+        flat = hvd.broadcast(flat, ranks[0], name=f"state.{dtype}", process_set=process_set(ranks))
         for tensor, part in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
 
-def check_in_sync(model: nn.Module) -> str:
-    """Compares the weights of all ranks bit by bit and returns their SHA-256.
+def exchange_arrays(outgoing: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
+    """Sends named arrays to each rank, by its number; returns those that came from each."""
+    contents = [safetensors.numpy.save(dict(arrays)) if arrays else b"" for arrays in outgoing]
+    sizes = torch.tensor([len(content) for content in contents], dtype=torch.int32)
+    values = torch.frombuffer(bytearray(b"".join(contents) or b" "), dtype=torch.uint8)[: int(sizes.sum())]
+    received, splits = hvd.alltoall(values, splits=sizes, name="exchange_arrays")
+    parts = [bytes(part.numpy()) for part in received.split(splits.tolist())]
+    return [safetensors.numpy.load(part) if part else {} for part in parts]
+
+
+def check_in_sync(model: nn.Module, groups: Sequence[Sequence[int]] | None = None) -> str:
+    """Compares the weights of all ranks, or of those in each group, bit by bit; returns a SHA-256 of all groups'.
 
     Raises:
         TrainingError: they differ.
@@ -119,7 +142,7 @@ def check_in_sync(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
-    return agreement.same_everywhere(digest.hexdigest(), gather_json)
+    return agreement.same_in_groups(digest.hexdigest(), groups or [range(hvd.size())], gather_json)
 
 
 def is_lost_rank(error: BaseException) -> bool:

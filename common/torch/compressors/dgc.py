@@ -4,6 +4,7 @@ from common.compression import num_chosen, sparsity_warm_up
 from common.config import DGCConfig
 from common.torch.compression import Exchange, Sparse, Unit
 
+import torch
 from torch import Tensor
 
 
@@ -13,24 +14,22 @@ class Compressor(Sparse):
     def __init__(self, cfg: DGCConfig, unit: Unit) -> None:
         super().__init__(cfg, unit)
         self._cfg = cfg
-        self._velocity, self._residual = unit.new_zeros(), unit.new_zeros()
-        self.kept = {"velocity": self._velocity, "residual": self._residual}
-        self._next = [self._velocity, self._residual]
+        self.kept |= {"velocity": unit.new_zeros(), "residual": unit.new_zeros()}
 
     def choose(self, values: Tensor, step: int) -> Tensor:
         """The largest ones; in warm-up more of them."""
         ratio = sparsity_warm_up(step, self._cfg.warmup_steps, self._cfg.ratio)
-        return values.abs().topk(num_chosen(len(values), ratio), sorted=False).indices
+        self._places = values.abs().topk(num_chosen(len(values), ratio), sorted=False).indices
+        return self._places
 
     def exchange(self, values: Tensor, step: int) -> Exchange:
         """Momentum correction, and momentum factor masking of what was sent."""
-        velocity = (self._cfg.momentum or 0.0) * self._velocity + values
-        before = self._residual + velocity
-        summed, residual = yield from super().exchange(before.clone(), step)
-        velocity[residual != before] = 0
-        self._next = [velocity, residual]
+        velocity = torch.mul(self.kept["velocity"], self._cfg.momentum or 0.0, out=self.left.get("velocity"))
+        velocity += values
+        corrected = torch.add(self.kept["residual"], velocity, out=self.left.get("residual"))
+        summed, residual = yield from super().exchange(corrected, step)
+        before = self.kept["residual"][self._places] + velocity[self._places]
+        # Not all of them: what is 0 in half precision was not sent.
+        velocity[self._places[residual[self._places] != before]] = 0
+        self.left |= {"velocity": velocity, "residual": residual}
         return summed, residual
-
-    def left(self) -> list[Tensor]:
-        """Velocity and residual."""
-        return self._next

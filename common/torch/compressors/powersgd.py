@@ -17,19 +17,22 @@ class Compressor(Base):
     def __init__(self, cfg: PowerSGDConfig, unit: Unit) -> None:
         super().__init__(cfg, unit)
         self._dtype = wire_dtype(cfg.values)
+        self._summed = unit.new_zeros()
         random = unit.random(0)
         columns = [matrix_shape(shape)[1] for shape in unit.shapes]
-        self._factors = [torch.randn(n, cfg.rank, generator=random, device=unit.device) for n in columns]
-        self.kept, self._next = {"factor": self._factors}, self._factors
+        self.kept["factor"] = [torch.randn(n, cfg.rank, generator=random, device=unit.device) for n in columns]
 
     def exchange(self, values: Tensor, step: int) -> Exchange:
         """Two allreduces: of the products with the factors, then of the new factors."""
         matrices = [part.view(matrix_shape(part.shape)) for part in self.unit.split(values)]
-        products = yield from self._sum([m @ q for m, q in zip(matrices, self._factors, strict=True)])
+        products = yield from self._sum([m @ q for m, q in zip(matrices, self.kept["factor"], strict=True)])
         bases = [torch.linalg.qr(product).Q for product in products]
-        self._next = yield from self._sum([m.T @ p for m, p in zip(matrices, bases, strict=True)])
-        summed = torch.cat([(p @ q.T).flatten() for p, q in zip(bases, self._next, strict=True)])
-        return summed, values.sub_(summed, alpha=1 / self.unit.channel.size)
+        # Factors lie column by column: a product with rows of few values takes five times as long.
+        factors = yield from self._sum([p.T @ m for m, p in zip(matrices, bases, strict=True)])
+        self.left["factor"] = [factor.T for factor in factors]
+        for part, p, q in zip(self.unit.split(self._summed), bases, factors, strict=True):
+            torch.mm(p, q, out=part.view(len(p), -1))
+        return self._summed, values.sub_(self._summed, alpha=1 / self.unit.channel.size)
 
     def _sum(self, tensors: list[Tensor]) -> Generator[int, Tensor, list[Tensor]]:
         """The sums of all tensors over the ranks, by one message."""
@@ -37,7 +40,3 @@ class Compressor(Base):
         received = (yield self.unit.channel.allreduce(flat)).float()
         parts = received.split([tensor.numel() for tensor in tensors])
         return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
-
-    def left(self) -> list[Tensor]:
-        """The new factors."""
-        return self._next

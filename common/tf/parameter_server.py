@@ -1,0 +1,392 @@
+"""Gradients that are pushed to servers, which hold the weights, update them, and give them back.
+
+Each server has one piece of the weights, as if they were one vector, and a pair of ranks exchanges two messages a step:
+the worker's push has its gradients of the piece, the server's answer has the new weights. Source: Li et al., "Scaling
+Distributed Machine Learning with the Parameter Server", 2014, https://www.usenix.org/system/files/conference/osdi14/osdi14-paper-li_mu.pdf
+"""
+
+import importlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any, NamedTuple
+
+from common.buckets import Bucket
+from common.clocks import Clocks
+from common.compression import local_clip_norm
+from common.config import AdamWConfig, ConfigError, LossyConfig, Mode, ParameterServerConfig, RunConfig
+from common.precision import LossScale
+from common.run import TrainingError
+from common.step_sums import StepSums
+from common.tf import optimizers, runtime
+from common.tf.compression import Channel, Codec, Unit, as_bytes, from_bytes
+from common.tf.gradients import Gradients, all_finite, clip_global_norm, squared_norm
+from common.tf.optimizers import Optimizer
+from common.tf.sharded import ServedOptimizer
+from common.tf.stage import Stage
+from common.topology import Topology
+
+import horovod.tensorflow as hvd
+import numpy as np
+import tensorflow as tf
+
+NOT_FINITE = "train_loss is {}; a smaller optimizer.lr may help"
+
+
+class Push(NamedTuple):
+    """What comes with a worker's gradients: its shares, and the learning rate of its step."""
+
+    loss: float
+    stop: float
+    overflow: float
+    lr: float
+
+
+class Answer(NamedTuple):
+    """What comes with a server's weights: sums over the workers."""
+
+    loss: float
+    stop: float
+    overflow: float
+
+
+class ServedGradients(Gradients):
+    """What workers and servers have in common; their exchanges belong into no graph.
+
+    Args:
+        cfg: the configuration.
+        parallel: the part of it that is about servers.
+        stage: the model, which all ranks have.
+        optimizer: of this rank's piece of the weights, or of none.
+    """
+
+    def __init__(
+        self, cfg: RunConfig, parallel: ParameterServerConfig, stage: Stage, optimizer: ServedOptimizer
+    ) -> None:
+        shapes, dtype = [variable.shape for variable in stage.trainable_variables], cfg.precision.dtype.name
+        super().__init__(shapes, Topology(0, 1, 0, 1), loss_scale=LossScale.of(cfg.precision), dtype=dtype)
+        self._topology, self._optimizer, self._transfers = stage.topology, optimizer, stage.transfers
+        self._waits = parallel.mode is Mode.sync or parallel.max_staleness == 0
+        self._weights = optimizer.flat
+        zeros = tf.zeros((self._weights.num_rows, self._weights.size), self._weights.dtype)
+        self.buckets = [Bucket(cfg.compression.name, (), self._weights.size) for _ in self._topology.servers]
+        self._code = _Code(cfg, zeros[:1], self._topology.rank)
+        has_feedback = isinstance(cfg.compression, LossyConfig) and cfg.compression.error_feedback
+        self._residual = tf.Variable(zeros, trainable=False) if has_feedback else None
+        is_clipped_before = has_feedback or not self._waits
+        num_workers = len(self._topology.workers)
+        self._local_clip_norm = local_clip_norm(cfg.train.clip_norm, num_workers) if is_clipped_before else 0.0
+
+    def compiled(self, update: Callable[..., StepSums]) -> Callable[..., StepSums]:
+        """As it is: messages between two ranks would hang in a graph."""
+        return update
+
+    def clip_global_norm(self, gradients: Sequence[tf.Tensor], max_norm: float) -> list[tf.Tensor]:
+        """Has been done where the weights were updated, or before the gradients were pushed."""
+        return list(gradients)
+
+    def settle(self) -> None:
+        """Gives all ranks the newest weights."""
+        self._optimizer.gather()
+
+    def state(self) -> dict[str, dict[int, tf.Tensor]]:
+        """The residual by variable's index; of a server it is 0."""
+        if self._residual is None:
+            return {}
+        return {"residual": dict(enumerate(self._weights.parts(self._residual)))}
+
+    def load(self, state: Mapping[str, Mapping[int, np.ndarray]]) -> None:
+        """Takes over what state() gave."""
+        if self._residual is not None:
+            self._residual.assign(self._weights.rows([array for _, array in sorted(state["residual"].items())]))
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """The residual."""
+        return [] if self._residual is None else [self._residual]
+
+    @property
+    def share_of_state(self) -> float:
+        """The part of a summed state that this rank takes: the same for each worker."""
+        return 0.0 if self._topology.is_server else 1 / len(self._topology.workers)
+
+    @property
+    def _num_steps(self) -> int:
+        return int(self.counters[0])
+
+
+class Worker(ServedGradients):
+    """Pushes gradients, and takes over the weights that come back."""
+
+    def __init__(
+        self, cfg: RunConfig, parallel: ParameterServerConfig, stage: Stage, optimizer: ServedOptimizer
+    ) -> None:
+        super().__init__(cfg, parallel, stage, optimizer)
+        self._make_pushes = tf.function(self._pushes)
+        self._take_weights = tf.function(self._take)
+
+    def exchange(
+        self, gradients: Sequence[tf.Tensor], loss: tf.Tensor, stop: tf.Tensor, share: tf.Tensor
+    ) -> tuple[StepSums, list[tf.Tensor]]:
+        """Returns when the servers have answered with new weights; the gradients have been used up."""
+        loss_scale = float(self.counters[1])
+        messages, errors = self._make_pushes(gradients, loss, stop, self._code.is_on(self._num_steps))
+        answers = [_unpacked(Answer, answer) for answer in self._answers(messages)]
+        self._take_weights([content for _, content in answers])
+        first = answers[0][0]
+        if not self._waits and not math.isfinite(first.loss):
+            raise TrainingError(NOT_FINITE.format("not finite"))
+        if self._residual is not None and not first.overflow:
+            self._residual.assign(errors)
+        self._keep_state([], tf.constant(first.overflow > 0))
+        sent = [len(message) for message in messages]
+        return StepSums(first.loss, first.stop, 0.0, first.overflow, wire_bytes=sent, loss_scale=loss_scale), []
+
+    def _pushes(
+        self, gradients: Sequence[tf.Tensor], loss: tf.Tensor, stop: tf.Tensor, is_coded: bool
+    ) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """A message to each server, and what they leave out of the gradients: it is kept for the next step."""
+        overflow = tf.zeros((), tf.bool)
+        if self._loss_scale.is_dynamic:
+            gradients = [gradient / self.loss_scale for gradient in gradients]
+            overflow = ~all_finite(gradients)
+        rows = self._weights.rows(clip_global_norm(gradients, self._local_clip_norm))
+        if self._residual is not None:
+            rows += self._residual
+        codes = self._code.encode(rows, self.counters[0], is_coded)
+        errors = tf.zeros(()) if self._residual is None else rows - self._code.decode(codes, is_coded)
+        push = Push(loss, stop, overflow, self._optimizer.learning_rate)
+        return [_packed(push, code) for code in tf.unstack(codes)], errors
+
+    def _answers(self, messages: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """What the servers answer to messages, one to each."""
+        me, row = self._topology.rank, tf.zeros((1, self._weights.size), self._weights.dtype)
+        like = _packed(Answer(0, 0, 0), as_bytes(row)[0])
+        pushes = [
+            self._transfers.send(f"push.{server}.{me}", message, server) for server, message in enumerate(messages)
+        ]
+        answers = [self._transfers.receive(f"answer.{server}.{me}", like, server) for server in self._topology.servers]
+        return [message.result() for message in pushes + answers][len(pushes) :]
+
+    def _take(self, contents: Sequence[tf.Tensor]) -> None:
+        """Takes over the weights that servers have sent."""
+        self._weights.assign(from_bytes(tf.stack(contents), self._weights.dtype))
+
+
+class Server(ServedGradients):
+    """Holds a piece of the weights; takes no part in forward and backward."""
+
+    def __init__(
+        self, cfg: RunConfig, parallel: ParameterServerConfig, stage: Stage, optimizer: ServedOptimizer
+    ) -> None:
+        super().__init__(cfg, parallel, stage, optimizer)
+        if optimizer.piece is None:
+            raise ValueError(f"rank {stage.topology.rank} holds no piece of the weights")
+        self._piece, self._clip_norm = optimizer.piece, cfg.train.clip_norm
+        self._update, self._decode = tf.function(self._piece.step), tf.function(self._code.decode)
+        self._me = self._topology.rank
+        self._clocks = Clocks(self._topology.workers, parallel.max_staleness)
+        # Adam's steps have one size, whatever the gradients': each of W workers makes a W-th of one.
+        is_adam = isinstance(cfg.optimizer, AdamWConfig)
+        self._rate_factor = 1 / len(self._topology.workers) if is_adam and not self._waits else 1.0
+        self._expected: dict[int, Future[tf.Tensor]] = {}  # pushes to come, by worker
+        self._arrived: dict[int, tf.Tensor] = {}  # gradients that are not used yet
+        self._unanswered: list[int] = []
+        self._leaving: list[Future[tf.Tensor]] = []
+        self._losses: defaultdict[int, float] = defaultdict(float)  # by step of this launch
+        self._overflow, self._bytes_sent, self._stop_at = 0.0, 0, math.inf
+        self._told_of_failure: set[int] | None = None
+
+    def exchange(
+        self, gradients: Sequence[tf.Tensor], loss: tf.Tensor, stop: tf.Tensor, share: tf.Tensor
+    ) -> tuple[StepSums, list[tf.Tensor]]:
+        """Returns when the gradients of all workers for another step have arrived and are used.
+
+        Raises:
+            TrainingError: the loss is not finite, and all workers know.
+        """
+        step, loss_scale = self._clocks.slowest + 1, float(self.counters[1])
+        self._overflow, self._bytes_sent = 0.0, 0
+        if step == 1:  # the model may have got other weights since the piece was made
+            self._piece.take_weights()
+        if stop:
+            self._request_stop(step if self._waits else self._clocks.fastest + 1)
+        while self._clocks.slowest < step or self._told_of_failure is not None:
+            self._use(*self._next())
+            self._answer()
+        self._keep_state([], tf.constant(self._overflow > 0))
+        sums = StepSums(
+            self._losses.pop(step),
+            self._agreed_stop(step),
+            0.0,
+            self._overflow,
+            wire_bytes=[self._bytes_sent if server == self._me else 0 for server in self._topology.servers],
+            loss_scale=loss_scale,
+            staleness=self._clocks.take_staleness(),
+        )
+        return sums, []
+
+    def _next(self) -> tuple[int, Push, tf.Tensor]:
+        """The next worker whose push arrives, and what it has pushed."""
+        for worker in self._clocks.steps:
+            if worker not in self._expected and worker not in self._unanswered:
+                like = _packed(Push(0, 0, 0, 0), tf.zeros(self._code.num_bytes(self._step_of(worker)), tf.uint8))
+                self._expected[worker] = self._transfers.receive(f"push.{self._me}.{worker}", like, worker)
+        wait(self._expected.values(), return_when=FIRST_COMPLETED)
+        worker = next(worker for worker, push in self._expected.items() if push.done())
+        return worker, *_unpacked(Push, self._expected.pop(worker).result())
+
+    def _use(self, worker: int, push: Push, content: tf.Tensor) -> None:
+        """Takes in a push: updates the weights with it, or with all of its step when the last one is there."""
+        gradient = self._decode(content[None], self._code.is_on(self._step_of(worker)))[0]
+        self._clocks.tick(worker)
+        step = self._clocks.steps[worker]
+        self._losses[step] += push.loss
+        self._overflow += push.overflow
+        if push.stop:
+            self._request_stop(step if self._waits else self._clocks.fastest + 1)
+        self._unanswered.append(worker)
+        self._arrived[worker] = gradient
+        if not self._waits:
+            self._update_at_once(push)
+        elif self._clocks.slowest == step:
+            self._update_together(step)
+
+    def _update_at_once(self, push: Push) -> None:
+        """One update with the gradients of one worker."""
+        (gradient,) = self._arrived.values()
+        self._arrived.clear()
+        if not math.isfinite(push.loss) and self._told_of_failure is None:
+            self._told_of_failure = set()
+        if self._told_of_failure is None:
+            optimizers.set_learning_rate(self._piece.optimizer, self._rate_factor * push.lr)
+            self._update(gradient)
+
+    def _update_together(self, step: int) -> None:
+        """One update with the sum of all workers' gradients, clipped by the norm of all pieces."""
+        total = tf.add_n([self._arrived[worker] for worker in self._topology.workers])
+        self._arrived.clear()
+        squares = squared_norm([tf.cast(total, tf.float64)])
+        squares, stop = self._sum_over_servers(squares, float(step >= self._stop_at))
+        if stop:
+            self._request_stop(step)
+        norm = math.sqrt(squares)
+        if self._clip_norm and not self._local_clip_norm and norm > self._clip_norm:
+            total *= self._clip_norm / norm
+        if not self._overflow:
+            self._update(total)
+
+    def _answer(self) -> None:
+        """Sends the weights to all workers that may go on."""
+        for message in [message for message in self._leaving if message.done()]:
+            message.result()
+            self._leaving.remove(message)
+        failed = self._told_of_failure is not None
+        for worker in list(self._unanswered):
+            if failed or self._clocks.may_go_on(worker):
+                step = self._clocks.steps[worker]
+                loss = math.nan if failed else self._losses.get(self._clocks.slowest, 0.0)
+                answer = Answer(loss, float(step >= self._stop_at), self._overflow)
+                message = _packed(answer, as_bytes(self._piece.values[None])[0])
+                self._leaving.append(self._transfers.send(f"answer.{self._me}.{worker}", message, worker))
+                self._bytes_sent += len(message)
+                self._unanswered.remove(worker)
+                if self._told_of_failure is not None:
+                    self._told_of_failure.add(worker)
+        if self._told_of_failure == set(self._topology.workers):
+            for message in self._leaving:
+                message.result()
+            raise TrainingError(NOT_FINITE.format("not finite"))
+
+    def _agreed_stop(self, step: int) -> float:
+        """Whether the run is to stop after a step: server 0 decides for those whose workers do not wait."""
+        if self._waits:
+            return float(step >= self._stop_at)
+        decided, asked = self._sum_over_servers(
+            float(self._me == 0 and step >= self._stop_at), float(self._me > 0 and self._stop_at < math.inf)
+        )
+        if asked:
+            self._request_stop(self._clocks.fastest + 1)
+        return decided
+
+    def _request_stop(self, step: int) -> None:
+        self._stop_at = min(self._stop_at, step)
+
+    def _sum_over_servers(self, *values: float | tf.Tensor) -> list[float]:
+        sums = tf.stack([tf.cast(value, tf.float64) for value in values])
+        if len(self._topology.servers) > 1:
+            sums = hvd.allreduce(
+                sums, name="servers", op=hvd.Sum, process_set=runtime.process_set(self._topology.servers)
+            )
+        return sums.numpy().tolist()
+
+    def _step_of(self, worker: int) -> int:
+        """The step, from 0, of the next push of a worker."""
+        return self._num_steps + self._clocks.steps[worker] - self._clocks.slowest
+
+
+def build_gradients(cfg: RunConfig, stage: Stage, optimizer: Optimizer) -> Gradients:
+    """The exchange of a stage's gradients: with the ranks that have the same weights, or with servers."""
+    if isinstance(optimizer, ServedOptimizer) and isinstance(cfg.parallel, ParameterServerConfig):
+        return (Server if stage.topology.is_server else Worker)(cfg, cfg.parallel, stage, optimizer)
+    return Gradients.of(cfg, stage, stage.topology)
+
+
+class _Code:
+    """How the gradients of pieces become bytes: as they are, or by a compressor from a step on.
+
+    Args:
+        cfg: the configuration.
+        like: (1, P) as the pieces are.
+        rank: whose random numbers are used.
+
+    Raises:
+        ConfigError: the compressor needs other messages.
+    """
+
+    def __init__(self, cfg: RunConfig, like: tf.Tensor, rank: int) -> None:
+        self._like, self._rank, self._codec = like, rank, None
+        self._start = 0
+        if isinstance(cfg.compression, LossyConfig):
+            name, size = cfg.compression.name, like.shape[1]
+            unit = Unit(0, [(size,)], Channel("push", hvd.global_process_set), cfg.seed)
+            self._codec = importlib.import_module(f"common.tf.compressors.{name}").Compressor(cfg.compression, unit)
+            self._start = cfg.compression.start_step - 1
+            if not isinstance(self._codec, Codec):
+                raise ConfigError(
+                    [f"compression={name}: cannot be pushed to a server; one that derives from Codec can"]
+                )
+        self._num_bytes = {is_on: self.encode(like, tf.zeros(()), is_on).shape[1] for is_on in (False, True)}
+
+    def is_on(self, step: int) -> bool:
+        """Whether there is compression in a step, from 0."""
+        return self._codec is not None and step >= self._start
+
+    def encode(self, values: tf.Tensor, step: tf.Tensor, is_on: bool) -> tf.Tensor:
+        """(K, bytes) of (K, P) in a step."""
+        if self._codec is None or not is_on:
+            return as_bytes(values)
+        return self._codec.encode(values, self._codec.unit.random(step, self._rank + 1))
+
+    def decode(self, codes: tf.Tensor, is_on: bool) -> tf.Tensor:
+        """(K, P) what the bytes stand for."""
+        if self._codec is None or not is_on:
+            return from_bytes(codes, self._like.dtype)
+        return self._codec.decode(codes, self._like.shape[1])
+
+    def num_bytes(self, step: int) -> int:
+        """Number of bytes of a piece in a step."""
+        return self._num_bytes[self.is_on(step)]
+
+
+def _packed(values: Push | Answer, content: tf.Tensor) -> tf.Tensor:
+    """Numbers and bytes as one message."""
+    head = tf.stack([tf.cast(value, tf.float64) for value in values])
+    return tf.concat([as_bytes(head[None])[0], content], 0)
+
+
+def _unpacked(form: Any, message: tf.Tensor) -> tuple[Any, tf.Tensor]:
+    """What _packed() was given."""
+    head = 8 * len(form._fields)
+    return form(*from_bytes(message[None, :head], tf.float64)[0].numpy().tolist()), message[head:]

@@ -1,0 +1,359 @@
+"""Gradients that are pushed to servers, which hold the weights, update them, and give them back.
+
+Each server has one piece of the weights, as if they were one vector, and a pair of ranks exchanges two messages a step:
+the worker's push has its gradients of the piece, the server's answer has the new weights. Source: Li et al., "Scaling
+Distributed Machine Learning with the Parameter Server", 2014, https://www.usenix.org/system/files/conference/osdi14/osdi14-paper-li_mu.pdf
+"""
+
+import importlib
+import math
+import time
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+from common import stopping
+from common.buckets import Bucket
+from common.clocks import Clocks
+from common.compression import local_clip_norm
+from common.config import AdamWConfig, ConfigError, LossyConfig, Mode, ParameterServerConfig, RunConfig
+from common.precision import LossScale
+from common.run import TrainingError
+from common.step_sums import StepSums
+from common.topology import Topology
+from common.torch import optimizers, runtime
+from common.torch.compression import Channel, Codec, Unit
+from common.torch.gradients import Gradients
+from common.torch.optimizers import Optimizer
+from common.torch.sharded import ServedOptimizer
+from common.torch.stage import Stage
+
+import horovod.torch as hvd
+import torch
+from torch import Tensor, nn
+
+SECONDS_BETWEEN_LOOKS = 0.0002
+NOT_FINITE = "train_loss is {}; a smaller optimizer.lr may help"
+
+
+class Push(NamedTuple):
+    """What comes with a worker's gradients: its shares, and the learning rate of its step."""
+
+    loss: float
+    stop: float
+    overflow: float
+    lr: float
+
+
+class Answer(NamedTuple):
+    """What comes with a server's weights: sums over the workers."""
+
+    loss: float
+    stop: float
+    overflow: float
+
+
+class ServedGradients(Gradients):
+    """What workers and servers have in common.
+
+    Args:
+        cfg: the configuration.
+        parallel: the part of it that is about servers.
+        stage: the model, which all ranks have.
+        optimizer: of this rank's piece of the weights, or of none.
+    """
+
+    def __init__(
+        self, cfg: RunConfig, parallel: ParameterServerConfig, stage: Stage, optimizer: ServedOptimizer
+    ) -> None:
+        super().__init__(stage.parameters(), Topology(0, 1, 0, 1), loss_scale=LossScale.of(cfg.precision))
+        self._topology, self._optimizer, self._cfg = stage.topology, optimizer, cfg
+        self._waits = parallel.mode is Mode.sync or parallel.max_staleness == 0
+        self._rows = optimizer.flat.rows
+        self.buckets = [Bucket(cfg.compression.name, (), len(row)) for row in self._rows]
+        self._code = _Code(cfg, self._rows[:1], self._topology.rank)
+        has_feedback = isinstance(cfg.compression, LossyConfig) and cfg.compression.error_feedback
+        self._residual = torch.zeros_like(self._rows) if has_feedback else None
+        self._names = [name for name, _ in stage.named_parameters()]
+        is_clipped_before = has_feedback or not self._waits
+        num_workers = len(self._topology.workers)
+        self._local_clip_norm = local_clip_norm(cfg.train.clip_norm, num_workers) if is_clipped_before else 0.0
+
+    def clip_global_norm(self, max_norm: float) -> None:
+        """Has been done where the weights were updated, or before the gradients were pushed."""
+
+    def settle(self) -> None:
+        """Gives all ranks the newest weights."""
+        self._optimizer.gather()
+
+    def state(self) -> dict[str, dict[int, Tensor]]:
+        """The residual by parameter's index; of a server it is 0."""
+        if self._residual is None:
+            return {}
+        views = self._optimizer.flat.views(self._residual)
+        return {"residual": {index: views[name] for index, name in enumerate(self._names)}}
+
+    @property
+    def share_of_state(self) -> float:
+        """The part of a summed state that this rank takes: the same for each worker."""
+        return 0.0 if self._topology.is_server else 1 / len(self._topology.workers)
+
+    def _transfer(self, what: str, server: int, worker: int, root: int, message: Tensor) -> int:
+        """Starts a message of bytes between a server and a worker."""
+        process_set = runtime.process_set((server, worker))
+        handle: int = hvd.broadcast_async_(message, root, name=f"{what}.{server}.{worker}", process_set=process_set)
+        return handle
+
+
+class Worker(ServedGradients):
+    """Pushes gradients, and takes over the weights that come back."""
+
+    def wait(self) -> StepSums:
+        """Returns when the servers have answered with new weights."""
+        overflow, loss_scale = 0.0, self.loss_scale.value
+        if self.loss_scale.is_dynamic:
+            overflow = float(self._unscaled_alone())
+        if self._local_clip_norm:
+            self._clip(self._local_clip_norm, nn.utils.get_total_norm(self._all_values()))
+        push = Push(float(self._riders[0]), float(self._riders[1]), overflow, self._optimizer.param_groups[0]["lr"])
+        me, servers = self._topology.rank, self._topology.servers
+        messages = [_packed(push, self._encoded(row)) for row in servers]
+        answers = [torch.empty(_size(Answer, row.nbytes), dtype=torch.uint8) for row in self._rows]
+        handles = [self._transfer("push", server, me, me, messages[server]) for server in servers]
+        handles += [self._transfer("answer", server, me, server, answers[server]) for server in servers]
+        for handle in handles:
+            hvd.synchronize(handle)
+        for row, answer in zip(self._rows, answers, strict=True):
+            row.copy_(_unpacked(Answer, answer)[1].view(row.dtype))
+        first = _unpacked(Answer, answers[0])[0]
+        if not self._waits and not math.isfinite(first.loss):
+            raise TrainingError(NOT_FINITE.format("not finite"))
+        if self.loss_scale.is_dynamic:
+            self.loss_scale.update(first.overflow > 0)
+        self.num_steps += 1
+        sent = [len(message) for message in messages]
+        return StepSums(first.loss, first.stop, 0.0, first.overflow, wire_bytes=sent, loss_scale=loss_scale)
+
+    def _encoded(self, server: int) -> Tensor:
+        """The bytes of this rank's gradients of a server's piece; what they leave out is kept for the next step."""
+        values = self._optimizer.flat.gradients(server)[None]
+        if self._residual is not None:
+            values += self._residual[server]
+        content = self._code.encode(values, self.num_steps)
+        if self._residual is not None:
+            self._residual[server] = values[0] - self._code.decode(content, self.num_steps)
+        return content
+
+
+class Server(ServedGradients):
+    """Holds a piece of the weights; takes no part in forward and backward."""
+
+    def __init__(
+        self, cfg: RunConfig, parallel: ParameterServerConfig, stage: Stage, optimizer: ServedOptimizer
+    ) -> None:
+        super().__init__(cfg, parallel, stage, optimizer)
+        if optimizer.piece is None:
+            raise ValueError(f"rank {stage.topology.rank} holds no piece of the weights")
+        self._piece, self._clip_norm = optimizer.piece, cfg.train.clip_norm
+        self._me = self._topology.rank
+        self._row = self._rows[self._me]
+        self._clocks = Clocks(self._topology.workers, parallel.max_staleness)
+        # Adam's steps have one size, whatever the gradients': each of W workers makes a W-th of one.
+        is_adam = isinstance(cfg.optimizer, AdamWConfig)
+        self._rate_factor = 1 / len(self._topology.workers) if is_adam and not self._waits else 1.0
+        self._expected: dict[int, tuple[int, Tensor]] = {}  # pushes to come, by worker
+        self._arrived: dict[int, Tensor] = {}  # gradients that are not used yet
+        self._unanswered: list[int] = []
+        self._leaving: list[tuple[int, Tensor]] = []
+        self._losses: defaultdict[int, float] = defaultdict(float)  # by step of this launch
+        self._overflow, self._bytes_sent, self._stop_at = 0.0, 0, math.inf
+        self._told_of_failure: set[int] | None = None
+
+    def wait(self) -> StepSums:
+        """Returns when the gradients of all workers for another step have arrived and are used.
+
+        Raises:
+            TrainingError: the loss is not finite, and all workers know.
+        """
+        step, loss_scale = self._clocks.slowest + 1, self.loss_scale.value
+        self._overflow, self._bytes_sent = 0.0, 0
+        if stopping.requested():
+            self._request_stop(step if self._waits else self._clocks.fastest + 1)
+        while self._clocks.slowest < step or self._told_of_failure is not None:
+            self._use(*self._next())
+            self._answer()
+        self.num_steps += 1
+        sent = [self._bytes_sent if server == self._me else 0 for server in self._topology.servers]
+        return StepSums(
+            self._losses.pop(step),
+            self._agreed_stop(step),
+            0.0,
+            self._overflow,
+            wire_bytes=sent,
+            loss_scale=loss_scale,
+            staleness=self._clocks.take_staleness(),
+        )
+
+    def _next(self) -> tuple[int, Push, Tensor]:
+        """The next worker whose push arrives, and what it has pushed."""
+        for worker in self._clocks.steps:
+            if worker not in self._expected and worker not in self._unanswered:
+                message = torch.empty(_size(Push, self._code.num_bytes(self._step_of(worker))), dtype=torch.uint8)
+                self._expected[worker] = self._transfer("push", self._me, worker, worker, message), message
+        while True:
+            for worker, (handle, message) in self._expected.items():
+                if hvd.poll(handle):
+                    hvd.synchronize(handle)
+                    del self._expected[worker]
+                    return worker, *_unpacked(Push, message)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def _use(self, worker: int, push: Push, content: Tensor) -> None:
+        """Takes in a push: updates the weights with it, or with all of its step when the last one is there."""
+        gradient = self._code.decode(content, self._step_of(worker))
+        self._clocks.tick(worker)
+        step = self._clocks.steps[worker]
+        self._losses[step] += push.loss
+        self._overflow += push.overflow
+        if push.stop:
+            self._request_stop(step if self._waits else self._clocks.fastest + 1)
+        self._unanswered.append(worker)
+        self._arrived[worker] = gradient
+        if not self._waits:
+            self._update_at_once(push)
+        elif self._clocks.slowest == step:
+            self._update_together(step)
+
+    def _update_at_once(self, push: Push) -> None:
+        """One update with the gradients of one worker."""
+        (gradient,) = self._arrived.values()
+        self._arrived.clear()
+        if not math.isfinite(push.loss) and self._told_of_failure is None:
+            self._told_of_failure = set()
+        if self._told_of_failure is None:
+            optimizers.set_learning_rate(self._piece.optimizer, self._rate_factor * push.lr)
+            self._piece.step(gradient)
+
+    def _update_together(self, step: int) -> None:
+        """One update with the sum of all workers' gradients, clipped by the norm of all pieces."""
+        total = torch.stack([self._arrived[worker] for worker in self._topology.workers]).sum(0)
+        self._arrived.clear()
+        squares, stop = self._sum_over_servers(total.double().square().sum(), float(step >= self._stop_at))
+        if stop:
+            self._request_stop(step)
+        norm = math.sqrt(squares)
+        if self._clip_norm and not self._local_clip_norm and norm > self._clip_norm:
+            total *= self._clip_norm / norm
+        if not self._overflow:
+            self._piece.step(total)
+        if self.loss_scale.is_dynamic:
+            self.loss_scale.update(self._overflow > 0)
+
+    def _answer(self) -> None:
+        """Sends the weights to all workers that may go on."""
+        self._leaving = [(handle, message) for handle, message in self._leaving if not hvd.poll(handle)]
+        failed = self._told_of_failure is not None
+        for worker in list(self._unanswered):
+            if failed or self._clocks.may_go_on(worker):
+                step = self._clocks.steps[worker]
+                loss = math.nan if failed else self._losses.get(self._clocks.slowest, 0.0)
+                answer = Answer(loss, float(step >= self._stop_at), self._overflow)
+                message = _packed(answer, self._row.view(torch.uint8))
+                self._leaving.append((self._transfer("answer", self._me, worker, self._me, message), message))
+                self._bytes_sent += len(message)
+                self._unanswered.remove(worker)
+                if self._told_of_failure is not None:
+                    self._told_of_failure.add(worker)
+        if self._told_of_failure == set(self._topology.workers):
+            for handle, _ in self._leaving:
+                hvd.synchronize(handle)
+            raise TrainingError(NOT_FINITE.format("not finite"))
+
+    def _agreed_stop(self, step: int) -> float:
+        """Whether the run is to stop after a step: server 0 decides for those whose workers do not wait."""
+        if self._waits:
+            return float(step >= self._stop_at)
+        decided, asked = self._sum_over_servers(
+            float(self._me == 0 and step >= self._stop_at), float(self._me > 0 and self._stop_at < math.inf)
+        )
+        if asked:
+            self._request_stop(self._clocks.fastest + 1)
+        return decided
+
+    def _request_stop(self, step: int) -> None:
+        self._stop_at = min(self._stop_at, step)
+
+    def _sum_over_servers(self, *values: float | Tensor) -> list[float]:
+        sums = torch.tensor(values, dtype=torch.float64)
+        if len(self._topology.servers) > 1:
+            sums = hvd.allreduce(
+                sums, name="servers", op=hvd.Sum, process_set=runtime.process_set(self._topology.servers)
+            )
+        return sums.tolist()
+
+    def _step_of(self, worker: int) -> int:
+        """The step, from 0, of the next push of a worker."""
+        return self.num_steps + self._clocks.steps[worker] - self._clocks.slowest
+
+
+def build_gradients(cfg: RunConfig, stage: Stage, optimizer: Optimizer) -> Gradients:
+    """The exchange of a stage's gradients: with the ranks that have the same weights, or with servers."""
+    if isinstance(optimizer, ServedOptimizer) and isinstance(cfg.parallel, ParameterServerConfig):
+        return (Server if stage.topology.is_server else Worker)(cfg, cfg.parallel, stage, optimizer)
+    return Gradients.of(cfg, stage, stage.topology)
+
+
+class _Code:
+    """How the gradients of a piece become bytes: as they are, or by a compressor from a step on.
+
+    Args:
+        cfg: the configuration.
+        like: (1, P) as the pieces are.
+        rank: whose random numbers are used.
+
+    Raises:
+        ConfigError: the compressor needs other messages.
+    """
+
+    def __init__(self, cfg: RunConfig, like: Tensor, rank: int) -> None:
+        self._like, self._rank, self._codec = like, rank, None
+        self._start = 0
+        if isinstance(cfg.compression, LossyConfig):
+            name, size = cfg.compression.name, like.shape[1]
+            unit = Unit(0, [(size,)], Channel("push", hvd.global_process_set), cfg.seed, like.device)
+            self._codec = importlib.import_module(f"common.torch.compressors.{name}").Compressor(cfg.compression, unit)
+            self._start = cfg.compression.start_step - 1
+            if not isinstance(self._codec, Codec):
+                raise ConfigError(
+                    [f"compression={name}: cannot be pushed to a server; one that derives from Codec can"]
+                )
+
+    def encode(self, values: Tensor, step: int) -> Tensor:
+        """The bytes of (1, P) in a step, from 0."""
+        if self._codec is None or step < self._start:
+            return values.view(torch.uint8).flatten()
+        return self._codec.encode(values, self._codec.unit.random(step, self._rank + 1)).flatten()
+
+    def decode(self, content: Tensor, step: int) -> Tensor:
+        """(P,) what the bytes stand for."""
+        if self._codec is None or step < self._start:
+            return content.view(self._like.dtype)
+        return self._codec.decode(content[None], self._like.shape[1])[0]
+
+    def num_bytes(self, step: int) -> int:
+        """Number of bytes in a step."""
+        return len(self.encode(self._like, step))
+
+
+def _size(form: type[Push] | type[Answer], num_bytes: int) -> int:
+    return 8 * len(form._fields) + num_bytes
+
+
+def _packed(values: Push | Answer, content: Tensor) -> Tensor:
+    """Numbers and bytes as one message."""
+    return torch.cat([torch.tensor(values, dtype=torch.float64).view(torch.uint8), content])
+
+
+def _unpacked(form: Any, message: Tensor) -> tuple[Any, Tensor]:
+    """What _packed() was given."""
+    head = 8 * len(form._fields)
+    return form(*message[:head].view(torch.float64).tolist()), message[head:].clone()

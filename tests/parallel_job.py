@@ -1,0 +1,57 @@
+"""A rank that trains small models in one layout after another: parallel_job.py FRAMEWORK FOLDER LAYOUT ..."""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from common.composition import compose
+from common.host import launched_topology
+
+# 12 steps; the eighth of the digits' epochs of 204 has 9 examples, fewer than there are micro-batches.
+TASKS = {
+    "mnist_mlp": ["model.hidden_sizes=[32,32,32]", "train.global_batch_size=204"],
+    "mnist_cnn": ["model.channels=[8,16]", "model.hidden_size=32", "train.global_batch_size=204"],
+    "transformer_lm": [
+        *("data.path=README.md", "model.width=32", "model.num_layers=2", "model.num_heads=2", "model.context=16"),
+        *("train.global_batch_size=24", "lr_schedule.warmup_steps=10"),
+    ],
+}
+COMMON = ["train.max_steps=12", "train.log_every=1", "optimizer=adamw", "data.ledger=true"]
+_PIPELINE = ["parallel=pipeline", "parallel.num_micro_batches=2"]
+_SERVER = ["parallel=parameter_server"]
+# By number of ranks.
+LAYOUTS: dict[int, dict[str, list[str]]] = {
+    1: {"whole": []},
+    2: {
+        "gpipe": [*_PIPELINE, "parallel.schedule=gpipe"],
+        "1f1b": _PIPELINE,
+        "zb_h1": [*_PIPELINE, "parallel.schedule=zb_h1"],
+        "interleaved": [*_PIPELINE, "parallel.schedule=interleaved", "parallel.parts_per_stage=2"],
+        "sharded": ["optimizer.sharded=true"],
+    },
+    3: {"one server": _SERVER, "two servers": [*_SERVER, "parallel.num_servers=2"]},
+    4: {
+        "four stages": [*_PIPELINE, "parallel.pipeline_stages=4"],
+        "two by two": _PIPELINE,
+        "three and one": [*_PIPELINE, "parallel.replicas_per_stage=[3,1]"],
+    },
+}
+
+
+def main() -> None:
+    framework, folder = sys.argv[1], Path(sys.argv[2])
+    runtime: Any = importlib.import_module(f"common.{framework}.runtime")
+    place = launched_topology()
+    runs = [
+        (task, compose(task, [*values, *COMMON, *layout, f"run.dir={folder / task / name}"]))
+        for task, values in TASKS.items()
+        for name, layout in LAYOUTS[place.world_size].items()
+    ]
+    runtime.init({tuple(ranks) for _, cfg in runs for ranks in place.arranged(cfg).process_sets(cfg)})
+    for task, cfg in runs:
+        importlib.import_module(f"recipes.{task}_{framework}").train(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""One loss curve for every way of spreading the work: stages, replicas, servers, pieces of the optimizer."""
+
+import json
+import signal
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TypeAlias
+
+from common import checkpoint, ledger
+from common.clocks import Clocks
+from common.composition import compose
+from common.config import ConfigError
+from common.passage import Passage
+from common.topology import Topology
+from common.validation import validate
+from tests.launch import FRAMEWORKS, ROOT, horovodrun, kill_when, read_events, train
+from tests.parallel_job import LAYOUTS, TASKS
+from tests.test_recipes import losses
+
+import pytest
+
+Folders: TypeAlias = Callable[[str, int], Path]
+SMALL_MLP = ["model.hidden_sizes=[32,32,32]", "train.global_batch_size=60", "train.log_every=1"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Gives the folder with the runs of a framework and a number of ranks, which one launch makes."""
+
+    @cache
+    def folder(framework: str, num_ranks: int) -> Path:
+        path = tmp_path_factory.mktemp("layouts")
+        env = {"PYTHONPATH": str(ROOT)}
+        result = horovodrun(num_ranks, ROOT / "tests/parallel_job.py", framework, path, timeout=300, env=env)
+        assert result.returncode == 0, result.stdout
+        return path
+
+    return folder
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_one_loss_curve_for_every_layout(framework: str, num_ranks: int, task: str, runs: Folders) -> None:
+    whole = runs(framework, 1) / task / "whole"
+    for layout in LAYOUTS[num_ranks]:
+        run = runs(framework, num_ranks) / task / layout
+        assert losses(read_events(run)) == pytest.approx(losses(read_events(whole)), rel=1e-5), layout
+        for is_right, line in ledger.check(run):
+            assert is_right, (layout, line)
+        first, last = (checkpoint.newest(folder)[0] for folder in (whole, run))
+        assert first is not None
+        assert last is not None
+        for old, new in ((first.weights, last.weights), (first.moments, last.moments)):
+            assert {name: array.shape for name, array in old.items()} == {name: new[name].shape for name in new}
+
+
+def test_the_summary_has_the_bubble(runs: Folders) -> None:
+    summary = json.loads((runs(FRAMEWORKS[0], 2) / "mnist_mlp" / "1f1b" / "summary.json").read_text())
+    assert (summary["num_stages"], summary["num_replicas"]) == (2, 1)
+    assert summary["bubble_in_theory"] == pytest.approx(1 / 3)
+    assert len(summary["bubble_of_stages"]) == 2
+    assert all(0 < bubble < 1 for bubble in summary["bubble_of_stages"])
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_run_goes_on_in_another_layout(framework: str, tmp_path: Path, runs: Folders) -> None:
+    values = [*TASKS["transformer_lm"], "optimizer=adamw", "train.log_every=1"]
+    cut = ["parallel=pipeline", "parallel.num_micro_batches=2"]
+    recipe, more = f"transformer_lm_{framework}", ["train.max_steps=12"]
+    train(2, recipe, tmp_path / "cut", *values, *cut, *more, "train.checkpoint_every=6")
+    start = f"resume={tmp_path / 'cut/checkpoints/step-00000006'}"
+    server = ["parallel=parameter_server", "optimizer.sharded=false"]
+    for num_ranks, layout in ((1, []), (2, ["optimizer.sharded=true"]), (3, server)):
+        folder = tmp_path / str(num_ranks)
+        curve = losses(train(num_ranks, recipe, folder, *values, *more, *layout, start))
+        whole = losses(read_events(runs(framework, 1) / "transformer_lm" / "whole"))
+        assert curve == pytest.approx({step: whole[step] for step in curve}, rel=1e-5)
+        assert list(curve) == list(range(7, 13))
+    start = f"resume={tmp_path / '2/checkpoints/step-00000012'}"
+    changes = ["train.max_steps=13", "resume.allow_changes=[train.max_steps]"]
+    back, plain = (
+        losses(train(num_ranks, recipe, tmp_path / name, *values, *layout, *changes, start))
+        for num_ranks, name, layout in ((3, "three", [*cut, "parallel.replicas_per_stage=[2,1]"]), (1, "one", []))
+    )
+    assert back == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_stages_compress_and_skip_together(framework: str, tmp_path: Path) -> None:
+    recipe, steps = (
+        f"mnist_mlp_{framework}",
+        ["train.max_steps=30", "parallel=pipeline", "parallel.num_micro_batches=2"],
+    )
+    compressed = losses(train(4, recipe, tmp_path / "a", *SMALL_MLP, *steps, "compression=topk"))
+    assert compressed[30] < 0.95 * compressed[1]
+    half = train(2, recipe, tmp_path / "b", *SMALL_MLP, *steps, "precision=fp16", "precision.initial_loss_scale=1e8")
+    skipped = [event["skipped_steps"] for event in half if "skipped_steps" in event]
+    assert skipped[0] == 1
+    assert skipped[-1] < 30
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_workers_need_not_wait_for_each_other(framework: str, tmp_path: Path) -> None:
+    layout = ["parallel=parameter_server", "parallel.mode=async", "parallel.max_staleness=4", "compression=int8"]
+    events = train(3, f"mnist_mlp_{framework}", tmp_path, *SMALL_MLP, *layout, "train.epochs=8", "data.ledger=true")
+    assert max(event["staleness"] for event in events if "staleness" in event) <= 4
+    assert events[-1]["test_accuracy"] > 0.9
+    for is_right, line in ledger.check(tmp_path):
+        assert is_right, line
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("layout", ["parallel=pipeline", "parallel=parameter_server"])
+def test_a_lost_rank_ends_the_job(framework: str, layout: str, tmp_path: Path) -> None:
+    command = ["-m", f"recipes.mnist_mlp_{framework}", f"run.dir={tmp_path}", *SMALL_MLP, layout, "train.epochs=999"]
+
+    def ready() -> bool:
+        return len(read_events(tmp_path)) > 3
+
+    job = kill_when(ready, 2, *command, signal_number=signal.SIGTERM)
+    assert job.returncode != 0
+    assert "stopped at step" in job.stdout, job.stdout
+
+
+def test_clocks_keep_workers_within_the_bound() -> None:
+    clocks = Clocks([3, 4], max_staleness=2)
+    for _ in range(2):
+        clocks.tick(3)
+        assert clocks.may_go_on(3)
+    clocks.tick(3)
+    assert not clocks.may_go_on(3)
+    clocks.tick(4)
+    assert clocks.may_go_on(3)
+    assert (clocks.slowest, clocks.fastest) == (1, 3)
+    assert (clocks.take_staleness(), clocks.take_staleness()) == (2, 0)
+
+
+def test_lanes_are_cut_alike_on_all_ranks_that_have_them() -> None:
+    for num_examples in (1, 9, 24, 100):
+        sizes: dict[int, set[int]] = {}
+        for rank in range(5):
+            topology = Topology(rank, 5, rank, 5, replicas_per_stage=(3, 2))
+            mine = [num_examples // 6 + (lane < num_examples % 6) for lane in topology.lanes]
+            passage = Passage("1f1b", 1, 4, topology)
+            for micro_batch, part in passage.micro_batches(sum(mine)).items():
+                sizes.setdefault(micro_batch, set()).add(part.stop - part.start)
+        assert len(sizes) == 24
+        assert all(len(of_ranks) == 1 for of_ranks in sizes.values())
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "overrides", "message"),
+    [
+        (3, "parallel=pipeline", "parallel.pipeline_stages=2: must divide the number of ranks, 3"),
+        (4, "parallel=pipeline parallel.replicas_per_stage=[1,2]", "replicas_per_stage=[1,2]: must be one number for"),
+        (2, "parallel=pipeline parallel.num_micro_batches=5", "num_micro_batches=5: must divide the examples of one"),
+        (2, "parallel=pipeline parallel.schedule=zigzag", "parallel.schedule=zigzag: must be one of gpipe|1f1b"),
+        (2, "parallel=pipeline parallel.schedule=interleaved", "parts_per_stage=1: must be at least 2 with schedule"),
+        (2, "parallel=pipeline compression=auto", "compression=auto: measures parallel=data"),
+        (2, "parallel=pipeline op=adasum", "op=adasum: goes with parallel=data, not pipeline"),
+        (2, "parallel=parameter_server parallel.num_servers=2", "parallel.num_servers=2: must be at least 1 and leave"),
+        (2, "parallel=parameter_server parallel.max_staleness=2", "max_staleness=2: goes with parallel.mode=async"),
+        (2, "parallel=parameter_server parallel.mode=async optimizer.sharded=true", "sharded=true: goes with parallel"),
+        (2, "parallel=parameter_server compression=powersgd", "compression=powersgd: is made for sums over all ranks"),
+        (2, "parallel=parameter_server parallel.mode=async precision=fp16", "precision=fp16: all ranks skip the same"),
+    ],
+)
+def test_layouts_that_cannot_be(num_ranks: int, overrides: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        validate(compose("mnist_mlp", overrides.split()), Topology(0, num_ranks, 0, num_ranks))
+    assert len(error.value.problems) == 1
+    assert message in error.value.problems[0]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_model_that_cannot_be_cut_is_refused_by_all_ranks(framework: str, tmp_path: Path) -> None:
+    recipe = f"linear_regression_{framework}"
+    job = horovodrun(2, "-m", f"recipes.{recipe}", f"run.dir={tmp_path / 'run'}", "parallel=pipeline")
+    assert job.returncode == 2
+    assert "parallel.pipeline_stages=2" in job.stdout
+    assert "the model has 1 layers with weights" in job.stdout
+    assert "Traceback" not in job.stdout
+    assert not (tmp_path / "run").exists()
