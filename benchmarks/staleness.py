@@ -36,12 +36,13 @@ def on_rank(framework: str, max_staleness: int, folder: Path) -> None:
     cfg = compose("mnist_mlp", TRAINING)
     runtime.init(place.arranged(cfg).process_sets(cfg))
     seconds = 0.0
-    for name, overrides, is_slow in (
+    runs: list[tuple[str, list[str], bool]] = [
         ("sync, all alike", [], False),
         ("sync, one slow", [], True),
         ("async, all alike", asynchronous, False),
         ("async, one slow", asynchronous, True),
-    ):
+    ]
+    for number, (name, overrides, is_slow) in enumerate(runs):
         sleeps = (SLOWER - 1) * seconds if is_slow and place.rank == NUM_RANKS - 1 else 0.0
 
         def slowed(*arguments: Any, sleeps: float = sleeps) -> Any:
@@ -49,12 +50,12 @@ def on_rank(framework: str, max_staleness: int, folder: Path) -> None:
             return step(*arguments)
 
         recipe.train_step = slowed
-        summary = recipe.train(compose("mnist_mlp", [*TRAINING, *overrides, f"run.dir={folder / name}"]))
+        summary = recipe.train(compose("mnist_mlp", [*TRAINING, *overrides, f"run.dir={folder / str(number)}"]))
         of_ranks = runtime.gather_json(summary["step_seconds_median"])
         others = sorted(of_ranks[1:-1])[0]
         seconds = seconds or others
         if place.rank == 0:
-            events = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+            events = [json.loads(line) for line in (folder / str(number) / "metrics.jsonl").read_text().splitlines()]
             staleness = max(event.get("staleness", 0) for event in events)
             print("measured", json.dumps([name, others, staleness, summary["test_accuracy"]]), flush=True)
 

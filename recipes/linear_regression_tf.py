@@ -24,7 +24,10 @@ from common.tf import optimizers, precision, runtime
 from common.tf.auto import choose_compression
 from common.tf.checkpoint import State
 from common.tf.gradients import Gradients
+from common.tf.optimizers import Optimizer
+from common.tf.parameter_server import build_gradients
 from common.tf.pipeline import compiled, forward_backward
+from common.tf.sharded import build_optimizer
 from common.tf.stage import Stage, take_stage
 from common.validation import validate
 
@@ -47,13 +50,13 @@ def sum_of_losses(predictions: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
 
 def make_train_step(
     model: Stage,
-    optimizer: keras.Optimizer,
+    optimizer: Optimizer,
     gradients: Gradients,
     cfg: LinearRegressionConfig,
 ) -> Callable[..., StepSums]:
     """Returns the step, as far as it can be compiled: (inputs, targets, global_size, stop) -> sums."""
 
-    @tf.function
+    @gradients.compiled
     def update(grads: list[tf.Tensor], loss: tf.Tensor, stop: tf.Tensor, share: tf.Tensor) -> StepSums:
         """What follows backward: the exchange of the gradients, clipping, and the optimizer."""
         sums, grads = gradients.exchange(grads, loss, stop, share)
@@ -93,9 +96,9 @@ def train(cfg: LinearRegressionConfig) -> dict[str, Any]:
     runtime.seed(cfg.seed, topology)
     precision.set_policy(cfg.precision)
     model = take_stage(build_layers(), cfg, topology, train_set)
-    optimizer = optimizers.build(cfg.optimizer, model)
+    optimizer = build_optimizer(cfg, model)
     cfg.compression = choose_compression(cfg, model, train_set, topology)
-    gradients = Gradients.of(cfg, model, topology)
+    gradients = build_gradients(cfg, model, optimizer)
     checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer, gradients), runtime, topology)
     plan = Plan.of(cfg, len(train_set), topology, checkpoints.restore())
     train_step = make_train_step(model, optimizer, gradients, cfg)
@@ -108,6 +111,7 @@ def train(cfg: LinearRegressionConfig) -> dict[str, Any]:
         sums = train_step(inputs, targets, step.global_size, stopping.requested())
         run.record(step, lr, sums)
         if step.ends_epoch:
+            gradients.settle()
             run.log(step, **evaluate(model, solution))
         checkpoints.save_if_due(step, sums, plan)
     return run.finish(gradients.buckets, runtime.check_in_sync(model, topology.groups), model.bubbles())

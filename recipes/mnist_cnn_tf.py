@@ -27,7 +27,10 @@ from common.tf.checkpoint import State
 from common.tf.classification import evaluate, sum_of_losses
 from common.tf.gradients import Gradients
 from common.tf.layers import gelu
+from common.tf.optimizers import Optimizer
+from common.tf.parameter_server import build_gradients
 from common.tf.pipeline import compiled, forward_backward
+from common.tf.sharded import build_optimizer
 from common.tf.stage import Stage, take_stage
 from common.validation import validate
 
@@ -69,13 +72,13 @@ def build_layers(cfg: CNNConfig) -> list[keras.Layer]:
 def make_train_step(
     model: Stage,
     loss_function: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
-    optimizer: keras.Optimizer,
+    optimizer: Optimizer,
     gradients: Gradients,
     cfg: MnistCNNConfig,
 ) -> Callable[..., StepSums]:
     """Returns the step, as far as it can be compiled: (inputs, targets, global_size, stop) -> sums."""
 
-    @tf.function
+    @gradients.compiled
     def update(grads: list[tf.Tensor], loss: tf.Tensor, stop: tf.Tensor, share: tf.Tensor) -> StepSums:
         """What follows backward: the exchange of the gradients, clipping, and the optimizer."""
         sums, grads = gradients.exchange(grads, loss, stop, share)
@@ -111,9 +114,9 @@ def train(cfg: MnistCNNConfig) -> dict[str, Any]:
     runtime.seed(cfg.seed, topology)
     precision.set_policy(cfg.precision)
     model = take_stage(build_layers(cfg.model), cfg, topology, images)
-    optimizer = optimizers.build(cfg.optimizer, model)
+    optimizer = build_optimizer(cfg, model)
     cfg.compression = choose_compression(cfg, model, images, topology)
-    gradients = Gradients.of(cfg, model, topology)
+    gradients = build_gradients(cfg, model, optimizer)
     checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer, gradients), runtime, topology)
     plan = Plan.of(cfg, len(train_set), topology, checkpoints.restore(), drawn_classes(cfg.data, images))
     weights = runtime.to_tensor(class_weights(cfg.data, images), cfg.precision)
@@ -128,6 +131,7 @@ def train(cfg: MnistCNNConfig) -> dict[str, Any]:
         sums = train_step(inputs, targets, step.global_size, stopping.requested())
         run.record(step, lr, sums)
         if step.ends_epoch:
+            gradients.settle()
             run.log(step, **evaluate(model, test_set, topology, cfg))
         checkpoints.save_if_due(step, sums, plan)
     return run.finish(gradients.buckets, runtime.check_in_sync(model, topology.groups), model.bubbles())

@@ -24,7 +24,10 @@ from common.tf import optimizers, precision, runtime, transformer
 from common.tf.auto import choose_compression
 from common.tf.checkpoint import State
 from common.tf.gradients import Gradients
+from common.tf.optimizers import Optimizer
+from common.tf.parameter_server import build_gradients
 from common.tf.pipeline import compiled, forward, forward_backward
+from common.tf.sharded import build_optimizer
 from common.tf.stage import Stage, take_stage
 from common.topology import Topology
 from common.validation import validate
@@ -51,13 +54,13 @@ def sum_of_losses(logits: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
 
 def make_train_step(
     model: Stage,
-    optimizer: keras.Optimizer,
+    optimizer: Optimizer,
     gradients: Gradients,
     cfg: TransformerLMConfig,
 ) -> Callable[..., StepSums]:
     """Returns the step, as far as it can be compiled: (inputs, targets, global_size, stop) -> sums."""
 
-    @tf.function
+    @gradients.compiled
     def update(grads: list[tf.Tensor], loss: tf.Tensor, stop: tf.Tensor, share: tf.Tensor) -> StepSums:
         """What follows backward: the exchange of the gradients, clipping, and the optimizer."""
         sums, grads = gradients.exchange(grads, loss, stop, share)
@@ -110,9 +113,9 @@ def train(cfg: TransformerLMConfig) -> dict[str, Any]:
     precision.set_policy(cfg.precision)
     layers = build_layers(cfg.model, corpus.tokenizer.vocabulary_size)
     model = take_stage(layers, cfg, topology, corpus.train)
-    optimizer = optimizers.build(cfg.optimizer, model)
+    optimizer = build_optimizer(cfg, model)
     cfg.compression = choose_compression(cfg, model, corpus.train, topology)
-    gradients = Gradients.of(cfg, model, topology)
+    gradients = build_gradients(cfg, model, optimizer)
     extras = {"tokenizer": corpus.tokenizer.to_json()}
     state = State(model, optimizer, gradients)
     checkpoints = Checkpoints(cfg, RECIPE, corpus.train.fingerprint, state, runtime, topology, extras)
@@ -128,6 +131,7 @@ def train(cfg: TransformerLMConfig) -> dict[str, Any]:
         sums = train_step(inputs, targets, step.global_size, stopping.requested())
         run.record(step, lr, sums)
         if step.ends_epoch:
+            gradients.settle()
             run.log(step, **evaluate(model, corpus.test, topology, cfg))
         checkpoints.save_if_due(step, sums, plan)
     return run.finish(gradients.buckets, runtime.check_in_sync(model, topology.groups), model.bubbles())

@@ -7,6 +7,7 @@ from common.checkpoint import Arrays, belongs_to, check_names_and_shapes
 from common.compression import SUMMED
 from common.tf import optimizers, runtime
 from common.tf.gradients import Gradients
+from common.tf.sharded import ShardedOptimizer
 from common.tf.stage import Stage
 
 import horovod.tensorflow as hvd
@@ -22,11 +23,12 @@ _AXES = {2: (1, 0), 4: (3, 2, 0, 1)}
 class State:
     """The weights of a model, the state of its optimizer and of its gradients, by the names of common/checkpoint.py."""
 
-    def __init__(self, stage: Stage, optimizer: keras.Optimizer, gradients: Gradients) -> None:
+    def __init__(self, stage: Stage, optimizer: keras.Optimizer | ShardedOptimizer, gradients: Gradients) -> None:
         self._stage, self._optimizer, self._gradients = stage, optimizer, gradients
 
     def weights(self) -> Arrays:
         """Those of layer i of the model are named i.<...>."""
+        self._gradients.settle()
         return self._of_all_stages(_copies(self._stage, self._stage.trainable_variables))
 
     def moments(self) -> Arrays:
@@ -60,19 +62,21 @@ class State:
         new_weights, new_moments, new_gradients = (
             self._of_this_stage(arrays, everyones_names) for arrays in (new_weights, new_moments, new_gradients)
         )
+        num_updates = int(new_moments.get("num_updates", 0))
+        if isinstance(self._optimizer, ShardedOptimizer):
+            with runtime.joint_check():
+                moments = self._in_order(new_moments)
+            self._optimizer.load_moments(moments, num_updates)
         if not self._stage.topology.leads_group:
             return
         load_weights(self._stage, new_weights)
         self._load_gradients(new_gradients)
-        if not new_moments:
+        if not new_moments or isinstance(self._optimizer, ShardedOptimizer):
             return
-        left = dict(new_moments)
-        self._optimizer.iterations.assign(int(left.pop("num_updates", 0)))
-        check_names_and_shapes({name: array.shape for name, array in self._moments().items() if name in left}, left)
-        for moment, variables in optimizers.moments(self._optimizer).items():
-            ending = f".{moment}"
-            arrays = {name.removesuffix(ending): array for name, array in left.items() if name.endswith(ending)}
-            _load(self._stage, variables, arrays)
+        self._optimizer.iterations.assign(num_updates)
+        for moment, values in self._in_order(new_moments).items():
+            for variable, value in zip(optimizers.moments(self._optimizer)[moment], values, strict=True):
+                variable.assign(value)
 
     def broadcast(self) -> None:
         """Gives the ranks with a stage what the first of them has; of what is summed, each its share."""
@@ -87,15 +91,33 @@ class State:
         )
 
     def _moments(self) -> dict[str, np.ndarray]:
-        """The optimizer's state for this rank's layers."""
+        """The optimizer's state for this rank's layers; of a sharded one only rank 0 has it."""
+        is_sharded, inner = isinstance(self._optimizer, ShardedOptimizer), _inner(self._optimizer)
         arrays = {
             f"{name}.{moment}": array
-            for moment, variables in optimizers.moments(self._optimizer).items()
-            for name, array in _copies(self._stage, variables).items()
+            for moment, tensors in (self._optimizer.moments() if is_sharded else optimizers.moments(inner)).items()
+            for name, array in _copies(self._stage, tensors).items()
         }
-        if isinstance(self._optimizer, optimizers.AdamW):
-            arrays["num_updates"] = np.array(self._optimizer.iterations.numpy(), np.float32)
+        if isinstance(inner, optimizers.AdamW):
+            arrays["num_updates"] = np.array(inner.iterations.numpy(), np.float32)
         return arrays
+
+    def _in_order(self, arrays: Arrays) -> dict[str, list[np.ndarray]]:
+        """The optimizer's state of a checkpoint, in the order and the layout of the variables; of {} there is none.
+
+        Raises:
+            ConfigError: it is that of another model.
+        """
+        left = {name: array for name, array in arrays.items() if name != "num_updates"}
+        if not left:
+            return {}
+        of_weights = _copies(self._stage, self._stage.trainable_variables)
+        moments = list(optimizers.moments(_inner(self._optimizer)))
+        wanted = {f"{name}.{moment}": array.shape for moment in moments for name, array in of_weights.items()}
+        check_names_and_shapes(wanted, left)
+        return {
+            moment: _in_layout(self._stage, [left[f"{name}.{moment}"] for name in of_weights]) for moment in moments
+        }
 
     def _load_gradients(self, arrays: Mapping[str, np.ndarray]) -> None:
         state = {}
@@ -168,9 +190,25 @@ def names(model: keras.Model) -> list[str]:
 def _load(model: keras.Model, variables: Sequence[keras.Variable], arrays: Mapping[str, np.ndarray]) -> None:
     """Takes over arrays into variables that lie as the trainable ones do."""
     check_names_and_shapes({name: array.shape for name, array in _copies(model, variables).items()}, arrays)
-    for name, trained, variable in zip(names(model), model.trainable_variables, variables, strict=True):
-        axes = _axes(trained)
-        variable.assign(arrays[name] if axes is None else arrays[name].transpose(np.argsort(axes)))
+    values = _in_layout(model, [arrays[name] for name in names(model)])
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
+def _in_layout(model: keras.Model, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Arrays in PyTorch's layout, in the order of the trainable variables, as these lie."""
+    axes = map(_axes, model.trainable_variables)
+    return [
+        array if order is None else array.transpose(np.argsort(order))
+        for array, order in zip(arrays, axes, strict=True)
+    ]
+
+
+def _inner(optimizer: keras.Optimizer | ShardedOptimizer) -> keras.Optimizer | None:
+    """Keras' optimizer; of a sharded one that of this rank's piece, if it has one."""
+    if isinstance(optimizer, ShardedOptimizer):
+        return optimizer.piece and optimizer.piece.optimizer
+    return optimizer
 
 
 def _copies(model: keras.Model, variables: Sequence[keras.Variable]) -> dict[str, np.ndarray]:

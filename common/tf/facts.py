@@ -7,7 +7,7 @@ from common.config import PrecisionConfig
 from common.run_plan import LayerFacts
 from common.tf import precision as precisions
 from common.tf import runtime
-from common.tf.stage import _declare, _flops_of_product
+from common.tf.stage import declare, flops_of_product
 
 import keras
 import numpy as np
@@ -28,7 +28,7 @@ def describe(
     """
     precisions.set_policy(precision)
     layers, spec = build(), tf.TensorSpec.from_tensor(runtime.to_tensor(inputs, precision))
-    _declare(layers, spec)
+    declare(layers, spec)
     facts = []
     for layer in layers:
         layer_facts, spec = _facts(layer, spec)
@@ -60,7 +60,7 @@ def _facts(layer: keras.Layer, inputs: tf.TensorSpec) -> tuple[LayerFacts, tf.Te
         {id(weight): math.prod(weight.shape) for weight in layer.trainable_variables},
         outputs.shape[1:].num_elements(),
         sum(tensor.shape.num_elements() * tensor.dtype.size for tensor in kept),
-        float(sum(map(_flops_of_product, forward))),
+        float(sum(map(flops_of_product, forward))),
     )
     return facts, tf.TensorSpec(outputs.shape, outputs.dtype)
 

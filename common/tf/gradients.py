@@ -1,7 +1,7 @@
 """Gradients in flat buckets, summed over the replicas while backward still runs."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Self
 
 from common import buckets
@@ -175,6 +175,13 @@ class Gradients:
         squares = squared_norm(gradients) - sum(tf.reduce_sum(tf.square(tied)) for tied in again)
         (squares,) = tf.unstack(self._sum_over_stages("squares", squares[None]))
         return clip_global_norm(gradients, max_norm, tf.sqrt(squares))
+
+    def compiled(self, update: Callable[..., StepSums]) -> Callable[..., StepSums]:
+        """What follows backward, which exchanges gradients, as one graph."""
+        return tf.function(update)
+
+    def settle(self) -> None:
+        """Returns when this rank has the newest weights; it always has."""
 
     def state(self) -> dict[str, dict[int, tf.Tensor]]:
         """The compressors' state by name and variable's index; this rank's alone."""

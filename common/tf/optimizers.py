@@ -1,12 +1,28 @@
 """The optimizers of conf/optimizer as Keras has them."""
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 from common.config import AdamWConfig, OptimizerConfig, SGDConfig
 from common.step_sums import StepSums
 
 import keras
 import tensorflow as tf
+
+
+class Optimizer(Protocol):
+    """What training needs of keras.Optimizer, or of what takes its place."""
+
+    @property
+    def learning_rate(self) -> Any:
+        """A variable."""
+
+    @property
+    def variables(self) -> Any:
+        """What it keeps, and all ranks with the same weights have."""
+
+    def apply(self, gradients: Sequence[tf.Tensor], variables: Sequence[keras.Variable]) -> Any:
+        """One update of the weights."""
 
 
 class SGD(keras.optimizers.SGD):
@@ -46,13 +62,20 @@ class AdamW(keras.optimizers.AdamW):
 
 
 def build(cfg: OptimizerConfig, model: keras.Model) -> keras.Optimizer:
-    """The optimizer of the configuration for the model's trainable variables.
+    """The optimizer of the configuration for the model's variables; only those of two or more dimensions decay."""
+    variables = model.trainable_variables
+    return build_for(cfg, variables, [variable for variable in variables if len(variable.shape) < 2])
 
-    AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, https://arxiv.org/abs/1711.05101; only
-    variables of two or more dimensions decay.
+
+def build_for(
+    cfg: OptimizerConfig, variables: Sequence[keras.Variable], others: Sequence[keras.Variable]
+) -> keras.Optimizer:
+    """The optimizer of the configuration for variables of which some, the others, are not to decay.
+
+    AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, https://arxiv.org/abs/1711.05101
     """
-    optimizer = _build(cfg, model)
-    optimizer.build(model.trainable_variables)  # from the start, so that a checkpoint or rank 0 has where to put it
+    optimizer = _build(cfg, others)
+    optimizer.build(variables)  # from the start, so that a checkpoint or rank 0 has where to put it
     return optimizer
 
 
@@ -63,19 +86,17 @@ def moments(optimizer: keras.Optimizer) -> dict[str, list[keras.Variable]]:
     return {"momentum": optimizer.momentums} if optimizer.momentum else {}
 
 
-def _build(cfg: OptimizerConfig, model: keras.Model) -> keras.Optimizer:
+def _build(cfg: OptimizerConfig, others: Sequence[keras.Variable]) -> keras.Optimizer:
     if isinstance(cfg, SGDConfig):
         return SGD(cfg.lr, cfg.momentum)
     if isinstance(cfg, AdamWConfig):
         optimizer = AdamW(cfg.lr, cfg.weight_decay, cfg.beta1, cfg.beta2, cfg.epsilon)
-        optimizer.exclude_from_weight_decay(
-            [variable for variable in model.trainable_variables if len(variable.shape) < 2]
-        )
+        optimizer.exclude_from_weight_decay(list(others))
         return optimizer
     raise TypeError(f"no optimizer for {type(cfg).__name__}")
 
 
-def apply(optimizer: keras.Optimizer, gradients: Sequence[tf.Tensor], model: keras.Model, sums: StepSums) -> None:
+def apply(optimizer: Optimizer, gradients: Sequence[tf.Tensor], model: keras.Model, sums: StepSums) -> None:
     """One update of the weights, unless a rank's gradients overflowed."""
 
     def update() -> bool:
@@ -85,6 +106,6 @@ def apply(optimizer: keras.Optimizer, gradients: Sequence[tf.Tensor], model: ker
     tf.cond(tf.cast(sums.overflow, tf.bool), lambda: False, update)
 
 
-def set_learning_rate(optimizer: keras.Optimizer, value: float) -> None:
+def set_learning_rate(optimizer: Optimizer, value: float) -> None:
     """Sets the learning rate of the next step."""
     optimizer.learning_rate.assign(value)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from common.passage import Passage
@@ -20,14 +21,14 @@ import tensorflow as tf
 
 
 def compiled(stage: Stage, step: Callable[..., Any], signature: Sequence[tf.TensorSpec]) -> Callable[..., Any]:
-    """A step as one graph, if the model is not cut; else a step that is no graph, as transfers in one would hang.
+    """A step as one graph, if no rank sends to another one in it; else no graph, as transfers in one would hang.
 
     Args:
         stage: this rank's layers.
         step: what calls forward_backward.
         signature: of its arguments.
     """
-    if stage.num_parts == 1:
+    if stage.num_parts == 1 and not stage.topology.num_servers:
         return tf.function(step, input_signature=signature)
 
     def eager(*arguments: Any) -> Any:
@@ -58,8 +59,16 @@ def forward_backward(
         This rank's shares of the mean loss over the global batch and of the gradients of the stage's variables: the
         shares of the ranks with the same stage add up to them, whatever number of examples each rank has.
     """
+    if stage.topology.is_server:
+        return tf.zeros((), tf.float64), []
     if stage.num_parts == 1:
-        return _accumulate(stage, sum_of_losses, inputs, targets, global_size, loss_scale)
+        arguments = inputs, targets, tf.cast(global_size, tf.int32), tf.cast(loss_scale, stage.dtype)
+        specs = [
+            tf.TensorSpec([None, *value.shape[1:]] if value.shape.rank else [], value.dtype) for value in arguments
+        ]
+        is_in_graph = tf.inside_function()
+        step = partial(_accumulate, stage, sum_of_losses) if is_in_graph else _graph(stage, sum_of_losses, *specs)
+        return step(*arguments)
     size = tf.cast(global_size, stage.dtype)
     passes = _Passes(stage, stage.passage, inputs, targets)
     passes.loss_function, passes.loss_gradient = stage.compiled_loss(sum_of_losses), loss_scale / size
@@ -83,6 +92,14 @@ def forward(stage: Stage, inputs: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Ten
     if not passes.outputs:
         return tf.zeros((0, *stage.shapes[-1]), stage.dtype), targets[:0]
     return tf.concat(passes.outputs, 0), targets
+
+
+@cache
+def _graph(
+    stage: Stage, sum_of_losses: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], *specs: tf.TensorSpec
+) -> Callable[..., Any]:
+    """_accumulate() as a graph of its own, for any number of examples."""
+    return tf.function(partial(_accumulate, stage, sum_of_losses), input_signature=specs)
 
 
 def _accumulate(

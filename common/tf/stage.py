@@ -64,7 +64,7 @@ class Stage:
             for number, variable in enumerate(self.trainable_variables)
             if len(holders[id(variable)]) > 1
         ]
-        self.transfers = Transfers(passage)
+        self.transfers = Transfers(topology.rank)
         self._compiled: dict[Hashable, Any] = {}
         self._times = [0.0, 0.0]
 
@@ -127,7 +127,7 @@ def take_stage(layers: Sequence[keras.Layer], cfg: RunConfig, topology: Topology
         ConfigError: it cannot be cut like that.
     """
     inputs = runtime.to_tensor(examples.take(np.arange(1))[0], cfg.precision)
-    _declare(layers, inputs)
+    declare(layers, inputs)
     numels = [layer.count_params() for layer in layers]
     costs: Sequence[float] = numels
     if isinstance(cfg.parallel, PipelineConfig) and cfg.parallel.balance is not StageBalance.parameters:
@@ -137,7 +137,7 @@ def take_stage(layers: Sequence[keras.Layer], cfg: RunConfig, topology: Topology
     return Stage(layers, ranges, cfg.precision, Passage.of(cfg.parallel, topology))
 
 
-def _declare(layers: Sequence[keras.Layer], inputs: tf.Tensor) -> None:
+def declare(layers: Sequence[keras.Layer], inputs: tf.Tensor) -> None:
     """Calls the layers with nothing but shapes: their weights are known from here on, and take no memory yet.
 
     Keras would give all of them their values at the next opportunity; it is made to forget. Where it notes them is as
@@ -193,10 +193,10 @@ def _outputs(layer: keras.Layer, inputs: tf.Tensor, weights: Sequence[tf.Tensor]
 def _flops(layer: keras.Layer, inputs: tf.Tensor) -> float:
     """Floating-point operations of products of matrices and of convolutions, forward."""
     forward = tf.function(partial(_outputs, layer)).get_concrete_function(inputs, _values(layer))
-    return float(sum(_flops_of_product(operation) for operation in forward.graph.get_operations()))
+    return float(sum(flops_of_product(operation) for operation in forward.graph.get_operations()))
 
 
-def _flops_of_product(operation: tf.Operation) -> int:
+def flops_of_product(operation: tf.Operation) -> int:
     """Two for each pair of values that are multiplied."""
     if operation.type in ("MatMul", "BatchMatMulV2"):
         is_transposed = operation.get_attr("transpose_a" if operation.type == "MatMul" else "adj_x")

@@ -107,6 +107,12 @@ class ServedGradients(Gradients):
 class Worker(ServedGradients):
     """Pushes gradients, and takes over the weights that come back."""
 
+    def __init__(
+        self, cfg: RunConfig, parallel: ParameterServerConfig, stage: Stage, optimizer: ServedOptimizer
+    ) -> None:
+        super().__init__(cfg, parallel, stage, optimizer)
+        self._left: dict[int, Tensor] = {}  # of this step, by server: what its code leaves out
+
     def wait(self) -> StepSums:
         """Returns when the servers have answered with new weights."""
         overflow, loss_scale = 0.0, self.loss_scale.value
@@ -129,6 +135,9 @@ class Worker(ServedGradients):
             raise TrainingError(NOT_FINITE.format("not finite"))
         if self.loss_scale.is_dynamic:
             self.loss_scale.update(first.overflow > 0)
+        if self._residual is not None and not first.overflow:  # a step that is skipped leaves nothing behind
+            for server, left in self._left.items():
+                self._residual[server] = left
         self.num_steps += 1
         sent = [len(message) for message in messages]
         return StepSums(first.loss, first.stop, 0.0, first.overflow, wire_bytes=sent, loss_scale=loss_scale)
@@ -140,7 +149,7 @@ class Worker(ServedGradients):
             values += self._residual[server]
         content = self._code.encode(values, self.num_steps)
         if self._residual is not None:
-            self._residual[server] = values[0] - self._code.decode(content, self.num_steps)
+            self._left[server] = values[0] - self._code.decode(content, self.num_steps)
         return content
 
 
