@@ -8,7 +8,7 @@ from typing import Any
 from common.composition import compose
 from common.host import launched_topology
 
-# 12 steps; the eighth of the digits' epochs of 204 has 9 examples, fewer than there are micro-batches.
+# 9 steps; the eighth of the digits' epochs of 204 has 9 examples, fewer than there are micro-batches.
 TASKS = {
     "mnist_mlp": ["model.hidden_sizes=[32,32,32]", "train.global_batch_size=204"],
     "mnist_cnn": ["model.channels=[8,16]", "model.hidden_size=32", "train.global_batch_size=204"],
@@ -17,25 +17,28 @@ TASKS = {
         *("train.global_batch_size=24", "lr_schedule.warmup_steps=10"),
     ],
 }
-COMMON = ["train.max_steps=12", "train.log_every=1", "optimizer=adamw", "data.ledger=true"]
+COMMON = ["train.max_steps=9", "train.log_every=1", "optimizer=adamw", "data.ledger=true"]
 _PIPELINE = ["parallel=pipeline", "parallel.num_micro_batches=2"]
 _SERVER = ["parallel=parameter_server"]
-# By number of ranks.
-LAYOUTS: dict[int, dict[str, list[str]]] = {
-    1: {"whole": []},
+_SCHEDULES = {
+    "gpipe": [*_PIPELINE, "parallel.schedule=gpipe"],
+    "zb_h1": [*_PIPELINE, "parallel.schedule=zb_h1"],
+    "interleaved": [*_PIPELINE, "parallel.schedule=interleaved", "parallel.parts_per_stage=2"],
+}
+_TWO_STAGES = {"1f1b": _PIPELINE, "sharded": ["optimizer.sharded=true"]}
+_FOUR_STAGES = {"four stages": [*_PIPELINE, "parallel.pipeline_stages=4"]}
+_HYBRID = {"two by two": _PIPELINE, "three and one": [*_PIPELINE, "parallel.replicas_per_stage=[3,1]"]}
+_SERVERS = {"one server": _SERVER, "two servers": [*_SERVER, "parallel.num_servers=2"]}
+# By number of ranks and task; not all pairs, as schedules know nothing of layers.
+LAYOUTS: dict[int, dict[str, dict[str, list[str]]]] = {
+    1: {task: {"whole": []} for task in TASKS},
     2: {
-        "gpipe": [*_PIPELINE, "parallel.schedule=gpipe"],
-        "1f1b": _PIPELINE,
-        "zb_h1": [*_PIPELINE, "parallel.schedule=zb_h1"],
-        "interleaved": [*_PIPELINE, "parallel.schedule=interleaved", "parallel.parts_per_stage=2"],
-        "sharded": ["optimizer.sharded=true"],
+        "mnist_mlp": _TWO_STAGES | _SCHEDULES,
+        "mnist_cnn": _TWO_STAGES,
+        "transformer_lm": _TWO_STAGES | {"zb_h1": _SCHEDULES["zb_h1"]},
     },
-    3: {"one server": _SERVER, "two servers": [*_SERVER, "parallel.num_servers=2"]},
-    4: {
-        "four stages": [*_PIPELINE, "parallel.pipeline_stages=4"],
-        "two by two": _PIPELINE,
-        "three and one": [*_PIPELINE, "parallel.replicas_per_stage=[3,1]"],
-    },
+    3: {"mnist_mlp": _SERVERS, "mnist_cnn": {"one server": _SERVER}, "transformer_lm": {"one server": _SERVER}},
+    4: {"mnist_mlp": _FOUR_STAGES, "mnist_cnn": _HYBRID, "transformer_lm": _FOUR_STAGES | _HYBRID},
 }
 
 
@@ -46,7 +49,7 @@ def main() -> None:
     runs = [
         (task, compose(task, [*values, *COMMON, *layout, f"run.dir={folder / task / name}"]))
         for task, values in TASKS.items()
-        for name, layout in LAYOUTS[place.world_size].items()
+        for name, layout in LAYOUTS[place.world_size][task].items()
     ]
     runtime.init({tuple(ranks) for _, cfg in runs for ranks in place.arranged(cfg).process_sets(cfg)})
     for task, cfg in runs:

@@ -1,5 +1,6 @@
 """Gradients in flat buckets, summed over the replicas while backward still runs."""
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Self
@@ -310,6 +311,9 @@ class Gradients:
         sent = torch.cat([self._sent[number] for number in range(len(self._values))])
         self._sent.clear()
         squares = sum((error.square().sum() for error in errors), sent.new_zeros(()))
-        summed = hvd.allreduce(torch.cat([sent, squares[None]]), name="health", op=hvd.Sum)
-        cosine = torch.cosine_similarity(summed[:-1], torch.cat(self._values), dim=0)
-        return float(cosine), float(summed[-1].sqrt())
+        process_set = runtime.process_set(self._topology.group)
+        summed = hvd.allreduce(torch.cat([sent, squares[None]]), name="health", op=hvd.Sum, process_set=process_set)
+        true, applied = summed[:-1], torch.cat(self._values)
+        products = torch.stack([true @ applied, true @ true, applied @ applied, summed[-1]])
+        product, *norms, residual_norm = self._sum_over_stages("health_of_stages", products).tolist()
+        return product / max(math.sqrt(norms[0] * norms[1]), 1e-30), math.sqrt(residual_norm)
