@@ -1,6 +1,7 @@
 """One loss curve for every way of spreading the work: stages, replicas, servers, pieces of the optimizer."""
 
 import json
+import re
 import signal
 from collections.abc import Callable
 from functools import cache
@@ -176,3 +177,11 @@ def test_a_model_that_cannot_be_cut_is_refused_by_all_ranks(framework: str, tmp_
     assert "the model has 1 layers with weights" in job.stdout
     assert "Traceback" not in job.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_the_commands_of_the_page_are_valid() -> None:
+    text = (ROOT / "docs/parallelism.md").read_text()
+    commands = re.findall(r"^    horovodrun -np (\d) python -m recipes\.(\w+)_(?:torch|tf) (.*)$", text, re.M)
+    assert len(commands) == 4
+    for num_ranks, task, overrides in commands:
+        validate(compose(task, overrides.split()), Topology(0, int(num_ranks), 0, int(num_ranks)))

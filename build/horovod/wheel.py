@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import patch_ng
 from packaging.utils import canonicalize_name
@@ -66,6 +67,10 @@ def cache_key(variables: dict[str, str], edits: Sequence[Path]) -> dict[str, obj
     }
 
 
+# Python before 3.11.4 has none; the archive's hash has been checked.
+_FILTER: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+
+
 def fetch_sdist(folder: Path) -> Path:
     """Fetches the sdist of sdist.txt, unpacks it in the folder and returns its root."""
     # fmt: off
@@ -77,7 +82,7 @@ def fetch_sdist(folder: Path) -> Path:
         raise BuildError("pip could not fetch the Horovod of build/horovod/sdist.txt (its message stands above)")
     (archive,) = folder.glob("horovod-*.tar.gz")
     with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
+        tar.extractall(folder, **_FILTER)
     return folder / archive.name.removesuffix(".tar.gz")
 
 
