@@ -259,7 +259,7 @@ class Server(ServedGradients):
 
     def _answer(self) -> None:
         """Sends the weights to all workers that may go on."""
-        self._leaving = [(handle, message) for handle, message in self._leaving if not hvd.poll(handle)]
+        self._leaving = runtime.under_way(self._leaving)
         failed = self._told_of_failure is not None
         for worker in list(self._unanswered):
             if failed or self._clocks.may_go_on(worker):

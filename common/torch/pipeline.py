@@ -174,7 +174,7 @@ class _Passes:
         self._receive(action, self._stage.shapes[action.part])
 
     def _send(self, action: Action, values: Tensor) -> None:
-        self._leaving = [(handle, left) for handle, left in self._leaving if not hvd.poll(handle)]
+        self._leaving = runtime.under_way(self._leaving)
         values = values.contiguous()
         handle = hvd.broadcast_async_(values, self._passage.topology.rank, **self._message(action, action))
         self._leaving.append((handle, values))

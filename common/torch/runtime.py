@@ -133,6 +133,14 @@ def exchange_arrays(outgoing: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
     return [safetensors.numpy.load(part) if part else {} for part in parts]
 
 
+def under_way(messages: Sequence[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
+    """Those of some messages, each a handle and what is sent, that have not left yet; Horovod lets go of the others."""
+    left = [handle for handle, _ in messages if hvd.poll(handle)]
+    for handle in left:
+        hvd.synchronize(handle)
+    return [message for message in messages if message[0] not in left]
+
+
 def check_in_sync(model: nn.Module, groups: Sequence[Sequence[int]] | None = None) -> str:
     """Compares the weights of all ranks, or of those in each group, bit by bit; returns a SHA-256 of all groups'.
 
