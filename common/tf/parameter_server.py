@@ -7,17 +7,16 @@ Distributed Machine Learning with the Parameter Server", 2014, https://www.useni
 
 import importlib
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import Any, NamedTuple
+from typing import Any
 
 from common.buckets import Bucket
-from common.clocks import Clocks
 from common.compression import local_clip_norm
-from common.config import AdamWConfig, ConfigError, LossyConfig, Mode, ParameterServerConfig, RunConfig
+from common.config import ConfigError, LossyConfig, ParameterServerConfig, RunConfig
 from common.precision import LossScale
 from common.run import TrainingError
+from common.service import NOT_FINITE, Answer, Push, Service, waits
 from common.step_sums import StepSums
 from common.tf import optimizers, runtime
 from common.tf.compression import Channel, Codec, Unit, as_bytes, from_bytes
@@ -30,25 +29,6 @@ from common.topology import Topology
 import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
-
-NOT_FINITE = "train_loss is {}; a smaller optimizer.lr may help"
-
-
-class Push(NamedTuple):
-    """What comes with a worker's gradients: its shares, and the learning rate of its step."""
-
-    loss: float
-    stop: float
-    overflow: float
-    lr: float
-
-
-class Answer(NamedTuple):
-    """What comes with a server's weights: sums over the workers."""
-
-    loss: float
-    stop: float
-    overflow: float
 
 
 class ServedGradients(Gradients):
@@ -67,7 +47,7 @@ class ServedGradients(Gradients):
         shapes, dtype = [variable.shape for variable in stage.trainable_variables], cfg.precision.dtype.name
         super().__init__(shapes, Topology(0, 1, 0, 1), loss_scale=LossScale.of(cfg.precision), dtype=dtype)
         self._topology, self._optimizer, self._transfers = stage.topology, optimizer, stage.transfers
-        self._waits = parallel.mode is Mode.sync or parallel.max_staleness == 0
+        self._waits = waits(parallel)
         self._weights = optimizer.flat
         zeros = tf.zeros((self._weights.num_rows, self._weights.size), self._weights.dtype)
         self.buckets = [Bucket(cfg.compression.name, (), self._weights.size) for _ in self._topology.servers]
@@ -136,7 +116,7 @@ class Worker(ServedGradients):
         self._take_weights([content for _, content in answers])
         first = answers[0][0]
         if not self._waits and not math.isfinite(first.loss):
-            raise TrainingError(NOT_FINITE.format("not finite"))
+            raise TrainingError(NOT_FINITE)
         if self._residual is not None and not first.overflow:
             self._residual.assign(errors)
         self._keep_state([], tf.constant(first.overflow > 0))
@@ -186,144 +166,77 @@ class Server(ServedGradients):
         self._piece, self._clip_norm = optimizer.piece, cfg.train.clip_norm
         self._update, self._decode = tf.function(self._piece.step), tf.function(self._code.decode)
         self._me = self._topology.rank
-        self._clocks = Clocks(self._topology.workers, parallel.max_staleness)
-        # Adam's steps have one size, whatever the gradients': each of W workers makes a W-th of one.
-        is_adam = isinstance(cfg.optimizer, AdamWConfig)
-        self._rate_factor = 1 / len(self._topology.workers) if is_adam and not self._waits else 1.0
+        self._service = Service(cfg, parallel, self._topology, self)
         self._expected: dict[int, Future[tf.Tensor]] = {}  # pushes to come, by worker
-        self._arrived: dict[int, tf.Tensor] = {}  # gradients that are not used yet
-        self._unanswered: list[int] = []
         self._leaving: list[Future[tf.Tensor]] = []
-        self._losses: defaultdict[int, float] = defaultdict(float)  # by step of this launch
-        self._overflow, self._bytes_sent, self._stop_at = 0.0, 0, math.inf
-        self._told_of_failure: set[int] | None = None
 
     def exchange(
         self, gradients: Sequence[tf.Tensor], loss: tf.Tensor, stop: tf.Tensor, share: tf.Tensor
     ) -> tuple[StepSums, list[tf.Tensor]]:
-        """Returns when the gradients of all workers for another step have arrived and are used.
-
-        Raises:
-            TrainingError: the loss is not finite, and all workers know.
-        """
-        step, loss_scale = self._clocks.slowest + 1, float(self.counters[1])
-        self._overflow, self._bytes_sent = 0.0, 0
-        if step == 1:  # the model may have got other weights since the piece was made
+        """Returns when the gradients of all workers for another step have arrived and are used."""
+        if self._service.clocks.fastest == 0:  # the model may have got other weights since the piece was made
             self._piece.take_weights()
-        if stop:
-            self._request_stop(step if self._waits else self._clocks.fastest + 1)
-        while self._clocks.slowest < step or self._told_of_failure is not None:
-            self._use(*self._next())
-            self._answer()
-        self._keep_state([], tf.constant(self._overflow > 0))
-        sums = StepSums(
-            self._losses.pop(step),
-            self._agreed_stop(step),
-            0.0,
-            self._overflow,
-            wire_bytes=[self._bytes_sent if server == self._me else 0 for server in self._topology.servers],
-            loss_scale=loss_scale,
-            staleness=self._clocks.take_staleness(),
-        )
+        sums = self._service.serve(bool(stop), float(self.counters[1]))
+        self._keep_state([], tf.constant(float(sums.overflow) > 0))
         return sums, []
 
-    def _next(self) -> tuple[int, Push, tf.Tensor]:
-        """The next worker whose push arrives, and what it has pushed."""
-        for worker in self._clocks.steps:
-            if worker not in self._expected and worker not in self._unanswered:
+    def next_push(self) -> tuple[int, Push, tf.Tensor]:
+        """The next worker whose push arrives, what it says, and its gradients (P,)."""
+        for worker in self._service.clocks.steps:
+            if worker not in self._expected and worker not in self._service.unanswered:
                 like = _packed(Push(0, 0, 0, 0), tf.zeros(self._code.num_bytes(self._step_of(worker)), tf.uint8))
                 self._expected[worker] = self._transfers.receive(f"push.{self._me}.{worker}", like, worker)
         wait(self._expected.values(), return_when=FIRST_COMPLETED)
         worker = next(worker for worker, push in self._expected.items() if push.done())
-        return worker, *_unpacked(Push, self._expected.pop(worker).result())
+        push, content = _unpacked(Push, self._expected.pop(worker).result())
+        return worker, push, self._decode(content[None], self._code.is_on(self._step_of(worker)))[0]
 
-    def _use(self, worker: int, push: Push, content: tf.Tensor) -> None:
-        """Takes in a push: updates the weights with it, or with all of its step when the last one is there."""
-        gradient = self._decode(content[None], self._code.is_on(self._step_of(worker)))[0]
-        self._clocks.tick(worker)
-        step = self._clocks.steps[worker]
-        self._losses[step] += push.loss
-        self._overflow += push.overflow
-        if push.stop:
-            self._request_stop(step if self._waits else self._clocks.fastest + 1)
-        self._unanswered.append(worker)
-        self._arrived[worker] = gradient
-        if not self._waits:
-            self._update_at_once(push)
-        elif self._clocks.slowest == step:
-            self._update_together(step)
+    def send(self, worker: int, answer: Answer) -> int:
+        """Starts an answer with the weights of now; returns its bytes."""
+        for left in [message for message in self._leaving if message.done()]:
+            left.result()
+            self._leaving.remove(left)
+        message = _packed(answer, as_bytes(self._piece.values[None])[0])
+        self._leaving.append(self._transfers.send(f"answer.{self._me}.{worker}", message, worker))
+        return len(message)
 
-    def _update_at_once(self, push: Push) -> None:
-        """One update with the gradients of one worker."""
-        (gradient,) = self._arrived.values()
-        self._arrived.clear()
-        if not math.isfinite(push.loss) and self._told_of_failure is None:
-            self._told_of_failure = set()
-        if self._told_of_failure is None:
-            optimizers.set_learning_rate(self._piece.optimizer, self._rate_factor * push.lr)
-            self._update(gradient)
+    def flush(self) -> None:
+        """Returns when all answers have left."""
+        for message in self._leaving:
+            message.result()
 
-    def _update_together(self, step: int) -> None:
-        """One update with the sum of all workers' gradients, clipped by the norm of all pieces."""
-        total = tf.add_n([self._arrived[worker] for worker in self._topology.workers])
-        self._arrived.clear()
-        squares = squared_norm([tf.cast(total, tf.float64)])
-        squares, stop = self._sum_over_servers(squares, float(step >= self._stop_at))
-        if stop:
-            self._request_stop(step)
-        norm = math.sqrt(squares)
+    def update_at_once(self, gradient: tf.Tensor, lr: float) -> None:
+        """One update with the gradients (P,) of one worker."""
+        optimizers.set_learning_rate(self._piece.optimizer, lr)
+        self._update(gradient)
+
+    def total(self, gradients: list[tf.Tensor]) -> tuple[tf.Tensor, float]:
+        """The sum of gradients (P,), and that of its squares."""
+        total = tf.add_n(gradients)
+        return total, float(squared_norm([tf.cast(total, tf.float64)]))
+
+    def update_together(self, total: tf.Tensor, norm: float) -> None:
+        """One update with the sum of all workers' gradients, clipped by the norm of all servers' sums."""
         if self._clip_norm and not self._local_clip_norm and norm > self._clip_norm:
             total *= self._clip_norm / norm
-        if not self._overflow:
-            self._update(total)
+        self._update(total)
 
-    def _answer(self) -> None:
-        """Sends the weights to all workers that may go on."""
-        for message in [message for message in self._leaving if message.done()]:
-            message.result()
-            self._leaving.remove(message)
-        failed = self._told_of_failure is not None
-        for worker in list(self._unanswered):
-            if failed or self._clocks.may_go_on(worker):
-                step = self._clocks.steps[worker]
-                loss = math.nan if failed else self._losses.get(self._clocks.slowest, 0.0)
-                answer = Answer(loss, float(step >= self._stop_at), self._overflow)
-                message = _packed(answer, as_bytes(self._piece.values[None])[0])
-                self._leaving.append(self._transfers.send(f"answer.{self._me}.{worker}", message, worker))
-                self._bytes_sent += len(message)
-                self._unanswered.remove(worker)
-                if self._told_of_failure is not None:
-                    self._told_of_failure.add(worker)
-        if self._told_of_failure == set(self._topology.workers):
-            for message in self._leaving:
-                message.result()
-            raise TrainingError(NOT_FINITE.format("not finite"))
-
-    def _agreed_stop(self, step: int) -> float:
-        """Whether the run is to stop after a step: server 0 decides for those whose workers do not wait."""
-        if self._waits:
-            return float(step >= self._stop_at)
-        decided, asked = self._sum_over_servers(
-            float(self._me == 0 and step >= self._stop_at), float(self._me > 0 and self._stop_at < math.inf)
+    def sum_over_servers(self, *values: float) -> list[float]:
+        """The sum of each value over the servers."""
+        if len(self._topology.servers) == 1:
+            return list(values)
+        process_set = runtime.process_set(self._topology.servers)
+        sums: list[float] = (
+            hvd.allreduce(tf.constant(values, tf.float64), name="servers", op=hvd.Sum, process_set=process_set)
+            .numpy()
+            .tolist()
         )
-        if asked:
-            self._request_stop(self._clocks.fastest + 1)
-        return decided
-
-    def _request_stop(self, step: int) -> None:
-        self._stop_at = min(self._stop_at, step)
-
-    def _sum_over_servers(self, *values: float | tf.Tensor) -> list[float]:
-        sums = tf.stack([tf.cast(value, tf.float64) for value in values])
-        if len(self._topology.servers) > 1:
-            sums = hvd.allreduce(
-                sums, name="servers", op=hvd.Sum, process_set=runtime.process_set(self._topology.servers)
-            )
-        return sums.numpy().tolist()
+        return sums
 
     def _step_of(self, worker: int) -> int:
         """The step, from 0, of the next push of a worker."""
-        return self._num_steps + self._clocks.steps[worker] - self._clocks.slowest
+        clocks = self._service.clocks
+        return self._num_steps + clocks.steps[worker] - clocks.slowest
 
 
 def build_gradients(cfg: RunConfig, stage: Stage, optimizer: Optimizer) -> Gradients:

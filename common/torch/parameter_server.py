@@ -8,16 +8,15 @@ Distributed Machine Learning with the Parameter Server", 2014, https://www.useni
 import importlib
 import math
 import time
-from collections import defaultdict
-from typing import Any, NamedTuple
+from typing import Any
 
 from common import stopping
 from common.buckets import Bucket
-from common.clocks import Clocks
 from common.compression import local_clip_norm
-from common.config import AdamWConfig, ConfigError, LossyConfig, Mode, ParameterServerConfig, RunConfig
+from common.config import ConfigError, LossyConfig, ParameterServerConfig, RunConfig
 from common.precision import LossScale
 from common.run import TrainingError
+from common.service import NOT_FINITE, Answer, Push, Service, waits
 from common.step_sums import StepSums
 from common.topology import Topology
 from common.torch import optimizers, runtime
@@ -32,24 +31,6 @@ import torch
 from torch import Tensor, nn
 
 SECONDS_BETWEEN_LOOKS = 0.0002
-NOT_FINITE = "train_loss is {}; a smaller optimizer.lr may help"
-
-
-class Push(NamedTuple):
-    """What comes with a worker's gradients: its shares, and the learning rate of its step."""
-
-    loss: float
-    stop: float
-    overflow: float
-    lr: float
-
-
-class Answer(NamedTuple):
-    """What comes with a server's weights: sums over the workers."""
-
-    loss: float
-    stop: float
-    overflow: float
 
 
 class ServedGradients(Gradients):
@@ -67,7 +48,7 @@ class ServedGradients(Gradients):
     ) -> None:
         super().__init__(stage.parameters(), Topology(0, 1, 0, 1), loss_scale=LossScale.of(cfg.precision))
         self._topology, self._optimizer, self._cfg = stage.topology, optimizer, cfg
-        self._waits = parallel.mode is Mode.sync or parallel.max_staleness == 0
+        self._waits = waits(parallel)
         self._rows = optimizer.flat.rows
         self.buckets = [Bucket(cfg.compression.name, (), len(row)) for row in self._rows]
         self._code = _Code(cfg, self._rows[:1], self._topology.rank)
@@ -132,7 +113,7 @@ class Worker(ServedGradients):
             row.copy_(_unpacked(Answer, answer)[1].view(row.dtype))
         first = _unpacked(Answer, answers[0])[0]
         if not self._waits and not math.isfinite(first.loss):
-            raise TrainingError(NOT_FINITE.format("not finite"))
+            raise TrainingError(NOT_FINITE)
         if self.loss_scale.is_dynamic:
             self.loss_scale.update(first.overflow > 0)
         if self._residual is not None and not first.overflow:  # a step that is skipped leaves nothing behind
@@ -163,49 +144,23 @@ class Server(ServedGradients):
         if optimizer.piece is None:
             raise ValueError(f"rank {stage.topology.rank} holds no piece of the weights")
         self._piece, self._clip_norm = optimizer.piece, cfg.train.clip_norm
-        self._me = self._topology.rank
-        self._row = self._rows[self._me]
-        self._clocks = Clocks(self._topology.workers, parallel.max_staleness)
-        # Adam's steps have one size, whatever the gradients': each of W workers makes a W-th of one.
-        is_adam = isinstance(cfg.optimizer, AdamWConfig)
-        self._rate_factor = 1 / len(self._topology.workers) if is_adam and not self._waits else 1.0
+        self._me, self._row = self._topology.rank, self._rows[self._topology.rank]
+        self._service = Service(cfg, parallel, self._topology, self)
         self._expected: dict[int, tuple[int, Tensor]] = {}  # pushes to come, by worker
-        self._arrived: dict[int, Tensor] = {}  # gradients that are not used yet
-        self._unanswered: list[int] = []
         self._leaving: list[tuple[int, Tensor]] = []
-        self._losses: defaultdict[int, float] = defaultdict(float)  # by step of this launch
-        self._overflow, self._bytes_sent, self._stop_at = 0.0, 0, math.inf
-        self._told_of_failure: set[int] | None = None
 
     def wait(self) -> StepSums:
-        """Returns when the gradients of all workers for another step have arrived and are used.
-
-        Raises:
-            TrainingError: the loss is not finite, and all workers know.
-        """
-        step, loss_scale = self._clocks.slowest + 1, self.loss_scale.value
-        self._overflow, self._bytes_sent = 0.0, 0
-        if stopping.requested():
-            self._request_stop(step if self._waits else self._clocks.fastest + 1)
-        while self._clocks.slowest < step or self._told_of_failure is not None:
-            self._use(*self._next())
-            self._answer()
+        """Returns when the gradients of all workers for another step have arrived and are used."""
+        sums = self._service.serve(stopping.requested(), self.loss_scale.value)
+        if self.loss_scale.is_dynamic:
+            self.loss_scale.update(float(sums.overflow) > 0)
         self.num_steps += 1
-        sent = [self._bytes_sent if server == self._me else 0 for server in self._topology.servers]
-        return StepSums(
-            self._losses.pop(step),
-            self._agreed_stop(step),
-            0.0,
-            self._overflow,
-            wire_bytes=sent,
-            loss_scale=loss_scale,
-            staleness=self._clocks.take_staleness(),
-        )
+        return sums
 
-    def _next(self) -> tuple[int, Push, Tensor]:
-        """The next worker whose push arrives, and what it has pushed."""
-        for worker in self._clocks.steps:
-            if worker not in self._expected and worker not in self._unanswered:
+    def next_push(self) -> tuple[int, Push, Tensor]:
+        """The next worker whose push arrives, what it says, and its gradients (P,)."""
+        for worker in self._service.clocks.steps:
+            if worker not in self._expected and worker not in self._service.unanswered:
                 message = torch.empty(_size(Push, self._code.num_bytes(self._step_of(worker))), dtype=torch.uint8)
                 self._expected[worker] = self._transfer("push", self._me, worker, worker, message), message
         while True:
@@ -213,95 +168,50 @@ class Server(ServedGradients):
                 if hvd.poll(handle):
                     hvd.synchronize(handle)
                     del self._expected[worker]
-                    return worker, *_unpacked(Push, message)
+                    push, content = _unpacked(Push, message)
+                    return worker, push, self._code.decode(content, self._step_of(worker))
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
-    def _use(self, worker: int, push: Push, content: Tensor) -> None:
-        """Takes in a push: updates the weights with it, or with all of its step when the last one is there."""
-        gradient = self._code.decode(content, self._step_of(worker))
-        self._clocks.tick(worker)
-        step = self._clocks.steps[worker]
-        self._losses[step] += push.loss
-        self._overflow += push.overflow
-        if push.stop:
-            self._request_stop(step if self._waits else self._clocks.fastest + 1)
-        self._unanswered.append(worker)
-        self._arrived[worker] = gradient
-        if not self._waits:
-            self._update_at_once(push)
-        elif self._clocks.slowest == step:
-            self._update_together(step)
+    def send(self, worker: int, answer: Answer) -> int:
+        """Starts an answer with the weights of now; returns its bytes."""
+        self._leaving = runtime.under_way(self._leaving)
+        message = _packed(answer, self._row.view(torch.uint8))
+        self._leaving.append((self._transfer("answer", self._me, worker, self._me, message), message))
+        return len(message)
 
-    def _update_at_once(self, push: Push) -> None:
-        """One update with the gradients of one worker."""
-        (gradient,) = self._arrived.values()
-        self._arrived.clear()
-        if not math.isfinite(push.loss) and self._told_of_failure is None:
-            self._told_of_failure = set()
-        if self._told_of_failure is None:
-            optimizers.set_learning_rate(self._piece.optimizer, self._rate_factor * push.lr)
-            self._piece.step(gradient)
+    def flush(self) -> None:
+        """Returns when all answers have left."""
+        for handle, _ in self._leaving:
+            hvd.synchronize(handle)
 
-    def _update_together(self, step: int) -> None:
-        """One update with the sum of all workers' gradients, clipped by the norm of all pieces."""
-        total = torch.stack([self._arrived[worker] for worker in self._topology.workers]).sum(0)
-        self._arrived.clear()
-        squares, stop = self._sum_over_servers(total.double().square().sum(), float(step >= self._stop_at))
-        if stop:
-            self._request_stop(step)
-        norm = math.sqrt(squares)
+    def update_at_once(self, gradient: Tensor, lr: float) -> None:
+        """One update with the gradients (P,) of one worker."""
+        optimizers.set_learning_rate(self._piece.optimizer, lr)
+        self._piece.step(gradient)
+
+    def total(self, gradients: list[Tensor]) -> tuple[Tensor, float]:
+        """The sum of gradients (P,), and that of its squares."""
+        total = torch.stack(gradients).sum(0)
+        return total, float(total.double().square().sum())
+
+    def update_together(self, total: Tensor, norm: float) -> None:
+        """One update with the sum of all workers' gradients, clipped by the norm of all servers' sums."""
         if self._clip_norm and not self._local_clip_norm and norm > self._clip_norm:
             total *= self._clip_norm / norm
-        if not self._overflow:
-            self._piece.step(total)
-        if self.loss_scale.is_dynamic:
-            self.loss_scale.update(self._overflow > 0)
+        self._piece.step(total)
 
-    def _answer(self) -> None:
-        """Sends the weights to all workers that may go on."""
-        self._leaving = runtime.under_way(self._leaving)
-        failed = self._told_of_failure is not None
-        for worker in list(self._unanswered):
-            if failed or self._clocks.may_go_on(worker):
-                step = self._clocks.steps[worker]
-                loss = math.nan if failed else self._losses.get(self._clocks.slowest, 0.0)
-                answer = Answer(loss, float(step >= self._stop_at), self._overflow)
-                message = _packed(answer, self._row.view(torch.uint8))
-                self._leaving.append((self._transfer("answer", self._me, worker, self._me, message), message))
-                self._bytes_sent += len(message)
-                self._unanswered.remove(worker)
-                if self._told_of_failure is not None:
-                    self._told_of_failure.add(worker)
-        if self._told_of_failure == set(self._topology.workers):
-            for handle, _ in self._leaving:
-                hvd.synchronize(handle)
-            raise TrainingError(NOT_FINITE.format("not finite"))
-
-    def _agreed_stop(self, step: int) -> float:
-        """Whether the run is to stop after a step: server 0 decides for those whose workers do not wait."""
-        if self._waits:
-            return float(step >= self._stop_at)
-        decided, asked = self._sum_over_servers(
-            float(self._me == 0 and step >= self._stop_at), float(self._me > 0 and self._stop_at < math.inf)
-        )
-        if asked:
-            self._request_stop(self._clocks.fastest + 1)
-        return decided
-
-    def _request_stop(self, step: int) -> None:
-        self._stop_at = min(self._stop_at, step)
-
-    def _sum_over_servers(self, *values: float | Tensor) -> list[float]:
+    def sum_over_servers(self, *values: float) -> list[float]:
+        """The sum of each value over the servers."""
+        if len(self._topology.servers) == 1:
+            return list(values)
+        process_set = runtime.process_set(self._topology.servers)
         sums = torch.tensor(values, dtype=torch.float64)
-        if len(self._topology.servers) > 1:
-            sums = hvd.allreduce(
-                sums, name="servers", op=hvd.Sum, process_set=runtime.process_set(self._topology.servers)
-            )
-        return sums.tolist()
+        return hvd.allreduce(sums, name="servers", op=hvd.Sum, process_set=process_set).tolist()
 
     def _step_of(self, worker: int) -> int:
         """The step, from 0, of the next push of a worker."""
-        return self.num_steps + self._clocks.steps[worker] - self._clocks.slowest
+        clocks = self._service.clocks
+        return self.num_steps + clocks.steps[worker] - clocks.slowest
 
 
 def build_gradients(cfg: RunConfig, stage: Stage, optimizer: Optimizer) -> Gradients:
