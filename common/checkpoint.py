@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ from common.topology import Topology
 import numpy as np
 
 Arrays = Mapping[str, np.ndarray]
+Exchange = Callable[[Sequence[Arrays]], Sequence[Arrays]]
 
 WEIGHTS, OPTIMIZER, GRADIENTS = "weights.safetensors", "optimizer.safetensors", "gradients.safetensors"
 STATE = "state.json"
@@ -317,7 +318,41 @@ def check_names_and_shapes(wanted: Mapping[str, tuple[int, ...]], arrays: Arrays
         raise ConfigError([f"resume: the checkpoint is of another model: {'; '.join(sorted(problems)[:3])}"])
 
 
-def belongs_to(name: str, weights: Iterable[str]) -> bool:
+def of_all_stages(arrays: Arrays, topology: Topology, exchange: Exchange) -> Arrays:
+    """On rank 0 what the first rank with each stage has; to be called by all ranks.
+
+    Args:
+        arrays: of this rank's stage; used where it is the first with it.
+        topology: which stage this rank has.
+        exchange: sends arrays to each rank and returns those from each.
+    """
+    mine = arrays if topology.leads_group else {}
+    if topology.num_stages == 1:
+        return mine
+    received = exchange([mine, *[{}] * (topology.world_size - 1)])
+    return {name: array for of_rank in received for name, array in of_rank.items()}
+
+
+def of_this_stage(arrays: Arrays, names: Sequence[Sequence[str]], topology: Topology, exchange: Exchange) -> Arrays:
+    """Of the arrays that rank 0 has, those of this stage, on the first rank with it; to be called by all ranks.
+
+    Args:
+        arrays: on rank 0.
+        names: of the weights of each rank.
+        topology: which stage this rank has.
+        exchange: sends arrays to each rank and returns those from each.
+    """
+    if topology.num_stages == 1:
+        return arrays
+    leaders = {ranks[0] for ranks in topology.groups}
+    sent = [
+        {name: array for name, array in arrays.items() if rank in leaders and _belongs_to(name, of_rank)}
+        for rank, of_rank in enumerate(names)
+    ]
+    return exchange(sent)[0]
+
+
+def _belongs_to(name: str, weights: Iterable[str]) -> bool:
     """Whether an array of a checkpoint is one of the weights, or state of one of them, or of none in particular."""
     return "." not in name or any(name == weight or name.startswith(f"{weight}.") for weight in weights)
 

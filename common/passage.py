@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise, starmap
+from itertools import pairwise
 from typing import Any
 
 from common import pipeline_schedule
 from common.config import ParallelConfig, PipelineConfig
 from common.pipeline_schedule import Action, Kind, Layout
+from common.sharding import bounds
 from common.topology import Topology
 
 _FORWARD = (Kind.forward, Kind.send_activation, Kind.receive_activation)
@@ -64,9 +65,10 @@ class Passage:
         """
         lanes = self.topology.lanes
         parts: dict[int, slice] = {}
-        for lane, of_lane in zip(lanes, _cut(slice(0, num_examples), len(lanes)), strict=True):
-            for row, of_row in enumerate(_cut(of_lane, self.num_micro_batches)):
-                parts[row * self.topology.num_replicas + lane] = of_row
+        for lane, (start, stop) in zip(lanes, pairwise(bounds(num_examples, len(lanes))), strict=True):
+            rows = pairwise(bounds(stop - start, self.num_micro_batches))
+            for row, (first, last) in enumerate(rows):
+                parts[row * self.topology.num_replicas + lane] = slice(start + first, start + last)
         return parts
 
     def bubbles(self, times: list[list[float]]) -> dict[str, Any]:
@@ -97,10 +99,3 @@ def last_backward(actions: list[Action]) -> int:
 @cache
 def _schedules(name: str, layout: Layout) -> list[list[Action]]:
     return pipeline_schedule.make(name, layout)
-
-
-def _cut(whole: slice, num_parts: int) -> list[slice]:
-    """Consecutive parts, larger ones first."""
-    size, larger = divmod(whole.stop - whole.start, num_parts) if num_parts else (0, 0)
-    bounds = [whole.start + number * size + min(number, larger) for number in range(num_parts + 1)]
-    return list(starmap(slice, pairwise(bounds)))

@@ -143,9 +143,14 @@ def part(num_examples: int, topology: Topology) -> slice:
 
     Lanes' parts differ by one example at most, larger ones first.
     """
-    size, larger = divmod(num_examples, topology.num_replicas)
-    lanes = topology.lanes
-    return slice(*(lane * size + min(lane, larger) for lane in (lanes.start, lanes.stop)))
+    lanes, starts = topology.lanes, bounds(num_examples, topology.num_replicas)
+    return slice(starts[lanes.start], starts[lanes.stop])
+
+
+def bounds(num_examples: int, num_parts: int) -> list[int]:
+    """(num_parts + 1,) where consecutive parts begin and the last one ends, larger ones first; of 0 parts [0]."""
+    size, larger = divmod(num_examples, max(1, num_parts))
+    return [number * size + min(number, larger) for number in range(num_parts + 1)]
 
 
 def evaluation_batches(num_examples: int, batch_size: int, topology: Topology) -> Iterator[slice]:

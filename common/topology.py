@@ -2,12 +2,12 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from common.config import LMConfig, LossyConfig, ParameterServerConfig, PipelineConfig, RunConfig
+from common.pipeline_schedule import Layout
 
 
 @dataclass(frozen=True)
@@ -107,17 +107,16 @@ class Topology:
     @property
     def num_replicas(self) -> int:
         """Number of lanes that every global batch is cut into; with equally many replicas of all stages, theirs."""
-        return math.lcm(*self.stages)
+        return self._layout.num_lanes
+
+    @property
+    def _layout(self) -> Layout:
+        return Layout(self.stages, num_micro_batches=1)
 
     @property
     def lanes(self) -> range:
         """The lanes that this rank works on."""
-        if self.is_server:
-            return range(0)
-        replicas = self.ranks_of_stage(self.stage)
-        num_lanes = self.num_replicas // len(replicas)
-        first = (self.rank - replicas[0]) * num_lanes
-        return range(first, first + num_lanes)
+        return range(0) if self.is_server else self._layout.lanes_of(self.rank - self.num_servers)
 
     @property
     def ranks_of_host(self) -> range:
@@ -148,19 +147,15 @@ class Topology:
     def linked(self) -> list[tuple[int, int]]:
         """The pairs of ranks between which activations pass, each lower rank first."""
         neighbours = [*itertools.pairwise(range(self.num_stages)), (0, self.num_stages - 1)]
+        rank_of = self._layout.rank_of
         return sorted(
             {
-                (self.rank_of(stage, lane), self.rank_of(other, lane))
+                (rank_of(stage, lane), rank_of(other, lane))
                 for stage, other in neighbours
                 if other > stage
                 for lane in range(self.num_replicas)
             }
         )
-
-    def rank_of(self, stage: int, lane: int) -> int:
-        """The rank that works on a lane in a stage."""
-        ranks = self.ranks_of_stage(stage)
-        return ranks[lane * len(ranks) // self.num_replicas]
 
     def ranks_with_tied_weights(self, stages: Sequence[int]) -> list[int]:
         """The ranks of stages that share a weight."""

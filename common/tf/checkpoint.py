@@ -1,9 +1,8 @@
 """What a checkpoint holds of a Keras model and its optimizer, in PyTorch's names and layouts."""
 
-from collections import ChainMap
 from collections.abc import Mapping, Sequence
 
-from common.checkpoint import Arrays, belongs_to, check_names_and_shapes
+from common.checkpoint import Arrays, check_names_and_shapes, of_all_stages, of_this_stage
 from common.compression import SUMMED
 from common.tf import optimizers, runtime
 from common.tf.gradients import Gradients
@@ -29,11 +28,12 @@ class State:
     def weights(self) -> Arrays:
         """Those of layer i of the model are named i.<...>."""
         self._gradients.settle()
-        return self._of_all_stages(_copies(self._stage, self._stage.trainable_variables))
+        weights = _copies(self._stage, self._stage.trainable_variables)
+        return of_all_stages(weights, self._stage.topology, runtime.exchange_arrays)
 
     def moments(self) -> Arrays:
         """The optimizer's state."""
-        return self._of_all_stages(self._moments())
+        return of_all_stages(self._moments(), self._stage.topology, runtime.exchange_arrays)
 
     def gradients(self) -> Arrays:
         """What the gradients keep, summed over the ranks where each has its own."""
@@ -50,7 +50,7 @@ class State:
         for (kind, index), tensor in kept.items():
             name, axes = self._place(kind, index)
             arrays[f"{name}.{kind}"] = np.ascontiguousarray(tensor.numpy().transpose(axes))
-        return self._of_all_stages(arrays)
+        return of_all_stages(arrays, self._stage.topology, runtime.exchange_arrays)
 
     def load(self, new_weights: Arrays, new_moments: Arrays, new_gradients: Arrays) -> None:
         """Takes over weights, and the optimizer's and the gradients' state as far as they suit these.
@@ -60,7 +60,8 @@ class State:
         """
         everyones_names = runtime.gather_json(names(self._stage))
         new_weights, new_moments, new_gradients = (
-            self._of_this_stage(arrays, everyones_names) for arrays in (new_weights, new_moments, new_gradients)
+            of_this_stage(arrays, everyones_names, self._stage.topology, runtime.exchange_arrays)
+            for arrays in (new_weights, new_moments, new_gradients)
         )
         num_updates = int(new_moments.get("num_updates", 0))
         if isinstance(self._optimizer, ShardedOptimizer):
@@ -136,31 +137,6 @@ class State:
         variable = self._stage.trainable_variables[index]
         axes = _axes(variable) if kind in SUMMED else None
         return names(self._stage)[index], axes or tuple(range(2 if kind not in SUMMED else len(variable.shape)))
-
-    def _of_all_stages(self, arrays: Arrays) -> Arrays:
-        """On rank 0 what the first rank with each stage has."""
-        topology = self._stage.topology
-        if topology.num_stages == 1:
-            return arrays
-        mine = arrays if topology.leads_group else {}
-        return dict(ChainMap(*runtime.exchange_arrays([mine, *[{}] * (topology.world_size - 1)])))
-
-    def _of_this_stage(self, arrays: Arrays, everyones_names: Sequence[Sequence[str]]) -> Arrays:
-        """Of the arrays that rank 0 has, those that belong to this stage, on the first rank with it.
-
-        Args:
-            arrays: on rank 0.
-            everyones_names: of the weights of each rank.
-        """
-        topology = self._stage.topology
-        if topology.num_stages == 1:
-            return arrays
-        leaders = {ranks[0] for ranks in topology.groups}
-        sent = [
-            {name: array for name, array in arrays.items() if rank in leaders and belongs_to(name, of_rank)}
-            for rank, of_rank in enumerate(everyones_names)
-        ]
-        return runtime.exchange_arrays(sent)[0]
 
 
 def load_weights(model: keras.Model, arrays: Mapping[str, np.ndarray]) -> None:

@@ -75,7 +75,7 @@ class Gradients:
     ) -> None:
         self._topology, self._tied = topology, list(tied)
         self._measure_noise = measure_noise
-        self._compression, self._op, self._seed = compression, op, seed
+        self._compression, self._seed = compression, seed
         has_feedback = isinstance(compression, LossyConfig) and compression.error_feedback
         self._local_clip_norm = local_clip_norm(clip_norm, topology.world_size) if has_feedback else 0.0
         self._loss_scale = loss_scale or LossScale()

@@ -1,9 +1,8 @@
 """What a checkpoint holds of a PyTorch model and its optimizer."""
 
-from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from common.checkpoint import Arrays, belongs_to, check_names_and_shapes
+from common.checkpoint import Arrays, check_names_and_shapes, of_all_stages, of_this_stage
 from common.compression import SUMMED
 from common.torch import optimizers, runtime
 from common.torch.gradients import Gradients
@@ -53,7 +52,8 @@ class State:
         """
         names = runtime.gather_json(list(weights(self._stage)))
         new_weights, new_moments, new_gradients = (
-            self._of_this_stage(arrays, names) for arrays in (new_weights, new_moments, new_gradients)
+            of_this_stage(arrays, names, self._stage.topology, runtime.exchange_arrays)
+            for arrays in (new_weights, new_moments, new_gradients)
         )
         if isinstance(self._optimizer, ShardedOptimizer):
             self._optimizer.load_moments(new_moments)
@@ -90,28 +90,7 @@ class State:
     def _of_all_stages(self, tensors: Mapping[str, Tensor]) -> Arrays:
         """On rank 0 copies of what the first rank with each stage has."""
         topology = self._stage.topology
-        arrays = _copies(tensors) if topology.leads_group else {}
-        if topology.num_stages == 1:
-            return arrays
-        received = runtime.exchange_arrays([arrays, *[{}] * (topology.world_size - 1)])
-        return dict(ChainMap(*received))
-
-    def _of_this_stage(self, arrays: Arrays, names: Sequence[Sequence[str]]) -> Arrays:
-        """Of the arrays that rank 0 has, those that belong to this stage, on the first rank with it.
-
-        Args:
-            arrays: on rank 0.
-            names: of the weights of each rank.
-        """
-        topology = self._stage.topology
-        if topology.num_stages == 1:
-            return arrays
-        leaders = {ranks[0] for ranks in topology.groups}
-        sent = [
-            {name: array for name, array in arrays.items() if rank in leaders and belongs_to(name, of_rank)}
-            for rank, of_rank in enumerate(names)
-        ]
-        return runtime.exchange_arrays(sent)[0]
+        return of_all_stages(_copies(tensors) if topology.leads_group else {}, topology, runtime.exchange_arrays)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

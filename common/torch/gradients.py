@@ -59,7 +59,7 @@ class Gradients:
         self._topology, self._tied = topology, list(tied)
         self._measure_noise = measure_noise
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        self._compression, self._op, self._seed = compression, op, seed
+        self._compression, self._seed = compression, seed
         has_feedback = isinstance(compression, LossyConfig) and compression.error_feedback
         self._local_clip_norm = local_clip_norm(clip_norm, topology.world_size) if has_feedback else 0.0
         self.loss_scale = loss_scale or LossScale()
@@ -277,10 +277,9 @@ class Gradients:
     def _sum_tied(self) -> None:
         """Adds up the gradients of weights that stages share; all ranks of a stage have the stage's sum."""
         for tied, ranks in self._tied:
-            gradient = tied.new_zeros(tied.shape) if tied.grad is None else tied.grad
-            if not self._topology.leads_group:
-                gradient.zero_()
-            hvd.allreduce_(gradient, name="tied", op=hvd.Sum, process_set=runtime.process_set(ranks))
+            if tied.grad is None or not self._topology.leads_group:
+                tied.grad = torch.zeros_like(tied)
+            hvd.allreduce_(tied.grad, name="tied", op=hvd.Sum, process_set=runtime.process_set(ranks))
 
     def _sum_over_stages(self, name: str, values: Tensor) -> Tensor:
         """(n,) sums of what all ranks of a stage have alike."""

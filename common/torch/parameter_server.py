@@ -47,7 +47,7 @@ class ServedGradients(Gradients):
         self, cfg: RunConfig, parallel: ParameterServerConfig, stage: Stage, optimizer: ServedOptimizer
     ) -> None:
         super().__init__(stage.parameters(), Topology(0, 1, 0, 1), loss_scale=LossScale.of(cfg.precision))
-        self._topology, self._optimizer, self._cfg = stage.topology, optimizer, cfg
+        self._topology, self._optimizer = stage.topology, optimizer
         self._waits = waits(parallel)
         self._rows = optimizer.flat.rows
         self.buckets = [Bucket(cfg.compression.name, (), len(row)) for row in self._rows]
@@ -235,7 +235,7 @@ class _Code:
 
     def __init__(self, cfg: RunConfig, like: Tensor, rank: int) -> None:
         self._like, self._rank, self._codec = like, rank, None
-        self._start = 0
+        self._start, self._code_bytes = 0, like.nbytes
         if isinstance(cfg.compression, LossyConfig):
             name, size = cfg.compression.name, like.shape[1]
             unit = Unit(0, [(size,)], Channel("push", hvd.global_process_set), cfg.seed, like.device)
@@ -245,6 +245,7 @@ class _Code:
                 raise ConfigError(
                     [f"compression={name}: cannot be pushed to a server; one that derives from Codec can"]
                 )
+            self._code_bytes = len(self.encode(like, self._start))
 
     def encode(self, values: Tensor, step: int) -> Tensor:
         """The bytes of (1, P) in a step, from 0."""
@@ -260,7 +261,7 @@ class _Code:
 
     def num_bytes(self, step: int) -> int:
         """Number of bytes in a step."""
-        return len(self.encode(self._like, step))
+        return self._like.nbytes if step < self._start else self._code_bytes
 
 
 def _size(form: type[Push] | type[Answer], num_bytes: int) -> int:
