@@ -277,8 +277,10 @@ class Gradients:
     def _sum_tied(self) -> None:
         """Adds up the gradients of weights that stages share; all ranks of a stage have the stage's sum."""
         for tied, ranks in self._tied:
-            if tied.grad is None or not self._topology.leads_group:
+            if tied.grad is None:
                 tied.grad = torch.zeros_like(tied)
+            if not self._topology.leads_group:
+                tied.grad.zero_()
             hvd.allreduce_(tied.grad, name="tied", op=hvd.Sum, process_set=runtime.process_set(ranks))
 
     def _sum_over_stages(self, name: str, values: Tensor) -> Tensor:
