@@ -3,8 +3,9 @@
     python -m benchmarks.pipeline                  # PyTorch, about 5 minutes on 2 cores
     python -m benchmarks.pipeline --framework tf --rounds 3
 
-All sides train the same language model (width 384, 6 layers, 8 micro-batches, 1F1B) on the same global batch. In each
-round each side trains a block of steps; a block's figure is the median of its steps, a round's the ratio of two blocks.
+All sides train the same language model (width 384, 6 layers, 8 micro-batches, 1F1B) on the same global batch, each rank
+on a core of its own. In each round each side trains a block of steps; a block's figure is the median of its steps, a
+round's the ratio of two blocks.
 The table has the median, the smallest and the largest ratio. An ideal pipeline takes (M + S - 1) / (M S) of the time of
 one core: 0.5625. benchmarks/results/pipeline.json keeps what was measured.
 """
@@ -23,9 +24,10 @@ from typing import Any
 
 from benchmarks.side_by_side import ONE_CORE, write_text
 from common.composition import compose
+from common.host import launched_topology
 
 RESULTS = Path(__file__).parent / "results" / "pipeline.json"
-MODEL = ["model=lm_mini", "model.context=128", "model.tied=false", "train.global_batch_size=16"]
+MODEL = ["model=lm_mini", "model.context=128", "model.tied=false", "train.global_batch_size=32"]
 LENGTH = ["train.max_steps=5", "train.epochs=1000", "lr_schedule=constant", "optimizer.lr=0.0003"]
 PIPELINE = ["parallel=pipeline", "parallel.num_micro_batches=8"]
 # Number of ranks, trainer, overrides.
@@ -38,6 +40,7 @@ SIDES: dict[str, tuple[int, str, list[str]]] = {
 
 def on_rank(framework: str, side: str, folder: Path) -> None:
     """Runs on each rank; rank 0 prints the median seconds of a step."""
+    os.sched_setaffinity(0, {launched_topology().local_rank})
     _, trainer, overrides = SIDES[side]
     cfg = compose("transformer_lm", [*MODEL, *LENGTH, *overrides, f"data.path={folder / 'text.txt'}"])
     runtime: Any = importlib.import_module(f"common.{framework}.runtime")

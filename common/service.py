@@ -14,12 +14,17 @@ NOT_FINITE = "train_loss is not finite; a smaller optimizer.lr may help"
 
 
 class Push(NamedTuple):
-    """What comes with a worker's gradients: its shares, and the learning rate of its step."""
+    """What comes with a worker's gradients: its shares, and the learning rate of its step.
 
-    loss: float
-    stop: float
-    overflow: float
-    lr: float
+    Attributes:
+        pauses: 1 where there are no gradients, and none will come until the ranks have met.
+    """
+
+    loss: float = 0.0
+    stop: float = 0.0
+    overflow: float = 0.0
+    lr: float = 0.0
+    pauses: float = 0.0
 
 
 class Answer(NamedTuple):
@@ -71,7 +76,6 @@ class Service:
 
     Attributes:
         clocks: steps of which the workers' gradients have arrived.
-        unanswered: workers whose push was taken in, and that wait.
     """
 
     def __init__(self, cfg: RunConfig, parallel: ParameterServerConfig, topology: Topology, binding: Binding) -> None:
@@ -80,7 +84,8 @@ class Service:
         # Adam's steps have one size, whatever the gradients': each of W workers makes a W-th of one.
         is_adam = isinstance(cfg.optimizer, AdamWConfig)
         self._rate_factor = 1 / len(topology.workers) if is_adam and not self._waits else 1.0
-        self.unanswered: list[int] = []
+        self._unanswered: list[int] = []  # workers whose push was taken in, and that wait
+        self._paused: set[int] = set()
         self._arrived: dict[int, Any] = {}  # gradients that are not used yet
         self._losses: defaultdict[int, float] = defaultdict(float)  # by step of this launch
         self._overflow, self._bytes_sent, self._stop_at = 0.0, 0, math.inf
@@ -109,15 +114,29 @@ class Service:
             staleness=self.clocks.take_staleness(),
         )
 
+    @property
+    def pushing(self) -> list[int]:
+        """The workers that a push is to come from."""
+        return [worker for worker in self._topology.workers if worker not in {*self._unanswered, *self._paused}]
+
+    def wait_for_pause(self) -> None:
+        """Returns when nothing more will be pushed before the ranks have met."""
+        while not self._waits and self.pushing:
+            self._use(*self._binding.next_push())
+        self._paused.clear()
+
     def _use(self, worker: int, push: Push, gradient: Any) -> None:
         """Takes in a push: updates the weights with it, or with all of its step when the last one is there."""
+        if push.pauses:
+            self._paused.add(worker)
+            return
         self.clocks.tick(worker)
         step = self.clocks.steps[worker]
         self._losses[step] += push.loss
         self._overflow += push.overflow
         if push.stop:
             self._request_stop(step)
-        self.unanswered.append(worker)
+        self._unanswered.append(worker)
         if not self._waits:
             self._use_at_once(push, gradient)
             return
@@ -143,12 +162,12 @@ class Service:
     def _answer(self) -> None:
         """Sends the weights to all workers that may go on."""
         has_failed = self._told_of_failure is not None
-        for worker in list(self.unanswered):
+        for worker in list(self._unanswered):
             if has_failed or self.clocks.may_go_on(worker):
                 loss = math.nan if has_failed else self._losses.get(self.clocks.slowest, 0.0)
                 stop = float(self.clocks.steps[worker] >= self._stop_at)
                 self._bytes_sent += self._binding.send(worker, Answer(loss, stop, self._overflow))
-                self.unanswered.remove(worker)
+                self._unanswered.remove(worker)
                 if self._told_of_failure is not None:
                     self._told_of_failure.add(worker)
         if self._told_of_failure == set(self._topology.workers):

@@ -99,12 +99,12 @@ def test_stages_compress_and_skip_together(framework: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_workers_need_not_wait_for_each_other(framework: str, tmp_path: Path) -> None:
-    layout = ["parallel=parameter_server", "parallel.mode=async", "parallel.max_staleness=4", "compression=int8"]
-    events = train(3, f"mnist_mlp_{framework}", tmp_path, *SMALL_MLP, *layout, "train.epochs=6", "data.ledger=true")
+def test_workers_need_not_wait_for_each_other(framework: str, runs: Folders) -> None:
+    run = runs(framework, 3) / "not_waiting"
+    events = read_events(run)
     assert max(event["staleness"] for event in events if "staleness" in event) <= 4
     assert events[-1]["test_accuracy"] > 0.9
-    for is_right, line in ledger.check(tmp_path):
+    for is_right, line in ledger.check(run):
         assert is_right, line
 
 

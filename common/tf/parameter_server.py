@@ -123,6 +123,19 @@ class Worker(ServedGradients):
         sent = [len(message) for message in messages]
         return StepSums(first.loss, first.stop, 0.0, first.overflow, wire_bytes=sent, loss_scale=loss_scale), []
 
+    def settle(self) -> None:
+        """Gives all ranks the newest weights."""
+        if not self._waits:
+            nothing = _packed(Push(pauses=1), tf.zeros(self._code.num_bytes(self._num_steps), tf.uint8))
+            for message in self._push([nothing for _ in self._topology.servers]):
+                message.result()
+        super().settle()
+
+    def _push(self, messages: Sequence[tf.Tensor]) -> "list[Future[tf.Tensor]]":
+        """Starts a message to each server."""
+        name = f"push.{{}}.{self._topology.rank}"
+        return [self._transfers.send(name.format(server), message, server) for server, message in enumerate(messages)]
+
     def _pushes(
         self, gradients: Sequence[tf.Tensor], loss: tf.Tensor, stop: tf.Tensor, is_coded: bool
     ) -> tuple[list[tf.Tensor], tf.Tensor]:
@@ -143,9 +156,7 @@ class Worker(ServedGradients):
         """What the servers answer to messages, one to each."""
         me, row = self._topology.rank, tf.zeros((1, self._weights.size), self._weights.dtype)
         like = _packed(Answer(0, 0, 0), as_bytes(row)[0])
-        pushes = [
-            self._transfers.send(f"push.{server}.{me}", message, server) for server, message in enumerate(messages)
-        ]
+        pushes = self._push(messages)
         answers = [self._transfers.receive(f"answer.{server}.{me}", like, server) for server in self._topology.servers]
         return [message.result() for message in pushes + answers][len(pushes) :]
 
@@ -182,9 +193,9 @@ class Server(ServedGradients):
 
     def next_push(self) -> tuple[int, Push, tf.Tensor]:
         """The next worker whose push arrives, what it says, and its gradients (P,)."""
-        for worker in self._service.clocks.steps:
-            if worker not in self._expected and worker not in self._service.unanswered:
-                like = _packed(Push(0, 0, 0, 0), tf.zeros(self._code.num_bytes(self._step_of(worker)), tf.uint8))
+        for worker in self._service.pushing:
+            if worker not in self._expected:
+                like = _packed(Push(), tf.zeros(self._code.num_bytes(self._step_of(worker)), tf.uint8))
                 self._expected[worker] = self._transfers.receive(f"push.{self._me}.{worker}", like, worker)
         wait(self._expected.values(), return_when=FIRST_COMPLETED)
         worker = next(worker for worker, push in self._expected.items() if push.done())
@@ -199,6 +210,11 @@ class Server(ServedGradients):
         message = _packed(answer, as_bytes(self._piece.values[None])[0])
         self._leaving.append(self._transfers.send(f"answer.{self._me}.{worker}", message, worker))
         return len(message)
+
+    def settle(self) -> None:
+        """Gives all ranks the newest weights."""
+        self._service.wait_for_pause()
+        super().settle()
 
     def flush(self) -> None:
         """Returns when all answers have left."""

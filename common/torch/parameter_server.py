@@ -8,6 +8,7 @@ Distributed Machine Learning with the Parameter Server", 2014, https://www.useni
 import importlib
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from common import stopping
@@ -105,7 +106,7 @@ class Worker(ServedGradients):
         me, servers = self._topology.rank, self._topology.servers
         messages = [_packed(push, self._encoded(row)) for row in servers]
         answers = [torch.empty(_size(Answer, row.nbytes), dtype=torch.uint8) for row in self._rows]
-        handles = [self._transfer("push", server, me, me, messages[server]) for server in servers]
+        handles = self._push(messages)
         handles += [self._transfer("answer", server, me, server, answers[server]) for server in servers]
         for handle in handles:
             hvd.synchronize(handle)
@@ -122,6 +123,19 @@ class Worker(ServedGradients):
         self.num_steps += 1
         sent = [len(message) for message in messages]
         return StepSums(first.loss, first.stop, 0.0, first.overflow, wire_bytes=sent, loss_scale=loss_scale)
+
+    def settle(self) -> None:
+        """Gives all ranks the newest weights."""
+        if not self._waits:
+            nothing = torch.zeros(self._code.num_bytes(self.num_steps), dtype=torch.uint8)
+            for handle in self._push([_packed(Push(pauses=1), nothing) for _ in self._topology.servers]):
+                hvd.synchronize(handle)
+        super().settle()
+
+    def _push(self, messages: Sequence[Tensor]) -> list[int]:
+        """Starts a message to each server."""
+        me = self._topology.rank
+        return [self._transfer("push", server, me, me, message) for server, message in enumerate(messages)]
 
     def _encoded(self, server: int) -> Tensor:
         """The bytes of this rank's gradients of a server's piece; what they leave out is kept for the next step."""
@@ -159,8 +173,8 @@ class Server(ServedGradients):
 
     def next_push(self) -> tuple[int, Push, Tensor]:
         """The next worker whose push arrives, what it says, and its gradients (P,)."""
-        for worker in self._service.clocks.steps:
-            if worker not in self._expected and worker not in self._service.unanswered:
+        for worker in self._service.pushing:
+            if worker not in self._expected:
                 message = torch.empty(_size(Push, self._code.num_bytes(self._step_of(worker))), dtype=torch.uint8)
                 self._expected[worker] = self._transfer("push", self._me, worker, worker, message), message
         while True:
@@ -178,6 +192,11 @@ class Server(ServedGradients):
         message = _packed(answer, self._row.view(torch.uint8))
         self._leaving.append((self._transfer("answer", self._me, worker, self._me, message), message))
         return len(message)
+
+    def settle(self) -> None:
+        """Gives all ranks the newest weights."""
+        self._service.wait_for_pause()
+        super().settle()
 
     def flush(self) -> None:
         """Returns when all answers have left."""
