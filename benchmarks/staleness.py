@@ -1,6 +1,6 @@
 """Workers of a parameter server of which one is five times slower than the others.
 
-    python -m benchmarks.staleness                                # PyTorch, one server and three workers, 1 minute
+    python -m benchmarks.staleness                                # PyTorch, one server and three workers, 2 minutes
     python -m benchmarks.staleness --framework tf --max-staleness 1000
 
 One job trains mnist_mlp several times: all workers alike, then with one that sleeps in each step, synchronously and
@@ -24,7 +24,7 @@ from common.host import launched_topology
 
 NUM_RANKS = 4
 SLOWER = 5
-TRAINING = ["parallel=parameter_server", "train.epochs=20", "train.log_every=1"]
+TRAINING = ["parallel=parameter_server", "train.epochs=10", "train.log_every=1"]
 
 
 def on_rank(framework: str, max_staleness: int, folder: Path) -> None:

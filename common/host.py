@@ -5,14 +5,15 @@ import os
 from common.topology import Topology
 
 # Milliseconds. With the event-driven edits this is the longest that Horovod's loop sleeps when nothing is posted, and
-# long is good. Measured in docs/horovod-build.md.
-CYCLE_TIME = "20"
+# long is good. Measured in docs/horovod-build.md. Where some ranks exchange something among themselves, one that has
+# nothing to do with it would hold it up as long: the loop serves all process sets in turn.
+CYCLE_TIME, CYCLE_TIME_WITH_PROCESS_SETS = "20", "1"
 
 
-def set_cycle_time() -> None:
+def set_cycle_time(has_process_sets: bool) -> None:
     """Gives HOROVOD_CYCLE_TIME a default that suits the event-driven loop; to be called before Horovod starts."""
     if os.environ.get("HOROVOD_EVENT_DRIVEN", "1") == "1":  # Horovod takes other words for 0
-        os.environ.setdefault("HOROVOD_CYCLE_TIME", CYCLE_TIME)
+        os.environ.setdefault("HOROVOD_CYCLE_TIME", CYCLE_TIME_WITH_PROCESS_SETS if has_process_sets else CYCLE_TIME)
 
 
 def num_cores() -> int:

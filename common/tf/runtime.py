@@ -31,8 +31,8 @@ def init(process_sets: Iterable[Sequence[int]] = ()) -> Topology:
     """
     if hvd.is_initialized():
         return _topology()
-    host.set_cycle_time()
     _process_sets.update((tuple(ranks), hvd.ProcessSet(list(ranks))) for ranks in process_sets)
+    host.set_cycle_time(bool(_process_sets))
     hvd.init(process_sets=list(_process_sets.values()))
     topology = _topology()
     num_threads = topology.num_threads(host.num_cores())

@@ -31,8 +31,8 @@ def init(process_sets: Iterable[Sequence[int]] = ()) -> Topology:
         process_sets: ranks that will exchange something among themselves; the same on all ranks.
     """
     if not hvd.is_initialized():
-        host.set_cycle_time()
         _process_sets.update((tuple(ranks), hvd.ProcessSet(list(ranks))) for ranks in process_sets)
+        host.set_cycle_time(bool(_process_sets))
         hvd.init(process_sets=list(_process_sets.values()))
     topology = Topology(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
     if "OMP_NUM_THREADS" not in os.environ:
