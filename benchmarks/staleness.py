@@ -32,7 +32,7 @@ def on_rank(framework: str, max_staleness: int, folder: Path) -> None:
     runtime: Any = importlib.import_module(f"common.{framework}.runtime")
     recipe: Any = importlib.import_module(f"recipes.mnist_mlp_{framework}")
     asynchronous = ["parallel.mode=async", f"parallel.max_staleness={max_staleness}"]
-    place, step = launched_topology(), recipe.train_step
+    place, rule = launched_topology(), recipe.learning_rate
     cfg = compose("mnist_mlp", TRAINING)
     runtime.init(place.arranged(cfg).process_sets(cfg))
     seconds = 0.0
@@ -45,11 +45,12 @@ def on_rank(framework: str, max_staleness: int, folder: Path) -> None:
     for number, (name, overrides, is_slow) in enumerate(runs):
         sleeps = (SLOWER - 1) * seconds if is_slow and place.rank == NUM_RANKS - 1 else 0.0
 
-        def slowed(*arguments: Any, sleeps: float = sleeps) -> Any:
+        def slowed(*arguments: Any, sleeps: float = sleeps) -> float:  # called once in a step
             time.sleep(sleeps)
-            return step(*arguments)
+            rate: float = rule(*arguments)
+            return rate
 
-        recipe.train_step = slowed
+        recipe.learning_rate = slowed
         summary = recipe.train(compose("mnist_mlp", [*TRAINING, *overrides, f"run.dir={folder / str(number)}"]))
         of_ranks = runtime.gather_json(summary["step_seconds_median"])
         others = sorted(of_ranks[1:-1])[0]
