@@ -6,6 +6,7 @@ layouts (common/tf/checkpoint.py translates): a checkpoint of one framework is r
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import shutil
@@ -79,24 +80,33 @@ class Checkpoint:
 
 def write(folder: Path, weights: Arrays, moments: Arrays, gradients: Arrays, state: dict[str, Any]) -> None:
     """Writes a checkpoint; the folder has its name when everything is on the disk."""
-    from safetensors.numpy import save
-
-    arrays = {WEIGHTS: weights, OPTIMIZER: moments, GRADIENTS: gradients}
-    contents = {name: save(dict(of_file)) for name, of_file in arrays.items()}
-    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    contents[STATE] = json.dumps(state | {"sha256": hashes}, indent=2).encode()
     for leftover in folder.parent.glob(".*.unfinished"):
         shutil.rmtree(leftover)
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     unfinished.mkdir(parents=True)
-    for name, content in contents.items():
-        with (unfinished / name).open("wb") as file:
-            file.write(content)
-            disk.sync(file)
+    files = {WEIGHTS: weights, OPTIMIZER: moments, GRADIENTS: gradients}
+    hashes = {name: _write_arrays(unfinished / name, arrays) for name, arrays in files.items()}
+    with (unfinished / STATE).open("wb") as file:
+        file.write(json.dumps(state | {"sha256": hashes}, indent=2).encode())
+        disk.sync(file)
     disk.sync_folder(unfinished)
     shutil.rmtree(folder, ignore_errors=True)  # of the same step, when a run redoes it
     unfinished.rename(folder)
     disk.sync_folder(folder.parent)
+
+
+def _write_arrays(path: Path, arrays: Arrays) -> str:
+    """Writes a file of arrays, without a copy of them all in memory; returns its SHA-256."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(dict(arrays), path)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from error
+    with path.open("rb+") as file:
+        disk.sync(file)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read(folder: Path) -> Checkpoint:

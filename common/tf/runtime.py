@@ -3,22 +3,20 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from common import agreement, host
+from common import agreement, array_exchange, host
+from common.array_exchange import Arrays
 from common.config import PrecisionConfig
 from common.topology import Topology
 
 import horovod.tensorflow as hvd
 import keras
 import numpy as np
-import safetensors.numpy
 import tensorflow as tf
 from horovod.common.exceptions import HorovodInternalError
-
-Arrays = Mapping[str, np.ndarray]
 
 _process_sets: dict[tuple[int, ...], hvd.ProcessSet] = {}
 
@@ -133,11 +131,13 @@ def broadcast_state(
 
 def exchange_arrays(outgoing: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
     """Sends named arrays to each rank, by its number; returns those that came from each."""
-    contents = [safetensors.numpy.save(dict(arrays)) if arrays else b"" for arrays in outgoing]
+    return array_exchange.exchange(outgoing, _alltoall, gather_json)
+
+
+def _alltoall(contents: Sequence[bytes]) -> list[bytes]:
     values = tf.constant(np.frombuffer(b"".join(contents), np.uint8))
     received, sizes = hvd.alltoall(values, splits=[len(content) for content in contents], name="exchange_arrays")
-    parts = [part.numpy().tobytes() for part in tf.split(received, sizes)]
-    return [safetensors.numpy.load(part) if part else {} for part in parts]
+    return [part.numpy().tobytes() for part in tf.split(received, sizes)]
 
 
 def check_in_sync(model: keras.Model, groups: Sequence[Sequence[int]] | None = None) -> str:

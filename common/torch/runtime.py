@@ -3,23 +3,21 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from common import agreement, host
+from common import agreement, array_exchange, host
+from common.array_exchange import Arrays
 from common.config import PrecisionConfig
 from common.topology import Topology
 from common.torch.optimizers import Optimizer
 
 import horovod.torch as hvd
 import numpy as np
-import safetensors.numpy
 import torch
 from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor, nn
-
-Arrays = Mapping[str, np.ndarray]
 
 _process_sets: dict[tuple[int, ...], hvd.ProcessSet] = {}
 
@@ -125,12 +123,14 @@ def broadcast_state(
 
 def exchange_arrays(outgoing: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
     """Sends named arrays to each rank, by its number; returns those that came from each."""
-    contents = [safetensors.numpy.save(dict(arrays)) if arrays else b"" for arrays in outgoing]
+    return array_exchange.exchange(outgoing, _alltoall, gather_json)
+
+
+def _alltoall(contents: Sequence[bytes]) -> list[bytes]:
     sizes = torch.tensor([len(content) for content in contents], dtype=torch.int32)
     values = torch.frombuffer(bytearray(b"".join(contents) or b" "), dtype=torch.uint8)[: int(sizes.sum())]
     received, splits = hvd.alltoall(values, splits=sizes, name="exchange_arrays")
-    parts = [bytes(part.numpy()) for part in received.split(splits.tolist())]
-    return [safetensors.numpy.load(part) if part else {} for part in parts]
+    return [part.numpy().tobytes() for part in received.split(splits.tolist())]
 
 
 def under_way(messages: Sequence[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
