@@ -27,7 +27,8 @@ _SCHEDULES = {
 }
 _TWO_STAGES = {"1f1b": _PIPELINE, "sharded": ["optimizer.sharded=true"]}
 _FOUR_STAGES = {"four stages": [*_PIPELINE, "parallel.pipeline_stages=4"]}
-_HYBRID = {"two by two": _PIPELINE, "three and one": [*_PIPELINE, "parallel.replicas_per_stage=[3,1]"]}
+_TWO_BY_TWO = {"two by two": _PIPELINE}
+_THREE_AND_ONE = {"three and one": [*_PIPELINE, "parallel.replicas_per_stage=[3,1]"]}
 _SERVERS = {"one server": _SERVER, "two servers": [*_SERVER, "parallel.num_servers=2"]}
 # By number of ranks and task; not all pairs, as schedules know nothing of layers.
 LAYOUTS: dict[int, dict[str, dict[str, list[str]]]] = {
@@ -38,7 +39,7 @@ LAYOUTS: dict[int, dict[str, dict[str, list[str]]]] = {
         "transformer_lm": _TWO_STAGES | {"zb_h1": _SCHEDULES["zb_h1"]},
     },
     3: {"mnist_mlp": _SERVERS, "mnist_cnn": {"one server": _SERVER}, "transformer_lm": {"one server": _SERVER}},
-    4: {"mnist_mlp": _FOUR_STAGES, "mnist_cnn": _HYBRID, "transformer_lm": _FOUR_STAGES | _HYBRID},
+    4: {"mnist_mlp": _FOUR_STAGES, "mnist_cnn": _TWO_BY_TWO, "transformer_lm": _FOUR_STAGES | _THREE_AND_ONE},
 }
 # Has another curve than the others; comes first, as what it might leave behind would stop them.
 NOT_WAITING = [*_SERVER, "parallel.mode=async", "parallel.max_staleness=4", "compression=int8", "train.max_steps=150"]

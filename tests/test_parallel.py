@@ -73,7 +73,6 @@ def test_a_run_goes_on_in_another_layout(framework: str, tmp_path: Path, runs: F
         (2, "two stages", cut),
         (3, "two servers", ["parallel=parameter_server", "parallel.num_servers=2"]),
         (2, "sharded", ["optimizer.sharded=true"]),
-        (3, "two and one", [*cut, "parallel.replicas_per_stage=[2,1]"]),
     ]
     whole = losses(read_events(runs(framework, 1) / "transformer_lm" / "whole"))
     start: list[str] = []

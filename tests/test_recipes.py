@@ -94,7 +94,7 @@ def test_micro_batches_leave_the_curve_as_it_is(framework: str, task: str, share
     assert cut == pytest.approx(whole, rel=1e-5)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["mnist_mlp", "transformer_lm"])
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_a_killed_job_goes_on_at_another_number_of_ranks(
     framework: str, task: str, tmp_path: Path, launches: Launches
