@@ -5,9 +5,8 @@
 
 All sides train the same language model (width 384, 6 layers, 8 micro-batches, 1F1B) on the same global batch, each rank
 on a core of its own. In each round each side trains a block of steps; a block's figure is the median of its steps, a
-round's the ratio of two blocks.
-The table has the median, the smallest and the largest ratio. An ideal pipeline takes (M + S - 1) / (M S) of the time of
-one core: 0.5625. benchmarks/results/pipeline.json keeps what was measured.
+round's the ratio of two blocks. The table has the median, the smallest and the largest ratio. An ideal pipeline takes
+(M + S - 1) / (M S) of the time of one core: 0.5625. benchmarks/results/pipeline.json keeps what was measured.
 """
 
 import argparse
@@ -40,7 +39,7 @@ SIDES: dict[str, tuple[int, str, list[str]]] = {
 
 def on_rank(framework: str, side: str, folder: Path) -> None:
     """Runs on each rank; rank 0 prints the median seconds of a step."""
-    os.sched_setaffinity(0, {launched_topology().local_rank})
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[launched_topology().local_rank]})
     _, trainer, overrides = SIDES[side]
     cfg = compose("transformer_lm", [*MODEL, *LENGTH, *overrides, f"data.path={folder / 'text.txt'}"])
     runtime: Any = importlib.import_module(f"common.{framework}.runtime")

@@ -45,10 +45,9 @@ def on_rank(framework: str, max_staleness: int, folder: Path) -> None:
     for number, (name, overrides, is_slow) in enumerate(runs):
         sleeps = (SLOWER - 1) * seconds if is_slow and place.rank == NUM_RANKS - 1 else 0.0
 
-        def slowed(*arguments: Any, sleeps: float = sleeps) -> float:  # called once in a step
+        def slowed(*arguments: Any, sleeps: float = sleeps) -> Any:  # called once in a step
             time.sleep(sleeps)
-            rate: float = rule(*arguments)
-            return rate
+            return rule(*arguments)
 
         recipe.learning_rate = slowed
         summary = recipe.train(compose("mnist_mlp", [*TRAINING, *overrides, f"run.dir={folder / str(number)}"]))

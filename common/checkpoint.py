@@ -18,15 +18,13 @@ from typing import Any, Protocol
 
 from common import disk, ledger
 from common.agreement import Runtime
+from common.array_exchange import Arrays
 from common.config import ConfigError, RunConfig, leaves, to_dict
 from common.sharding import Plan, Step
 from common.step_sums import StepSums
 from common.stopping import Stopped
 from common.topology import Topology
 
-import numpy as np
-
-Arrays = Mapping[str, np.ndarray]
 Exchange = Callable[[Sequence[Arrays]], Sequence[Arrays]]
 
 WEIGHTS, OPTIMIZER, GRADIENTS = "weights.safetensors", "optimizer.safetensors", "gradients.safetensors"

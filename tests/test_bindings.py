@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from common import stopping
+from common import array_exchange, stopping
 from common.config import AdamWConfig, ConfigError, OptimizerConfig, SGDConfig
 from common.sharding import part
 from common.topology import Topology
@@ -26,6 +26,24 @@ def test_every_rank_gets_the_values_of_all(runtime: ModuleType, num_ranks: int) 
     assert runtime.gather_json(value) == [{"rank": rank, "text": "ä" * rank} for rank in range(num_ranks)]
     assert runtime.from_rank_zero(topology.rank) == 0
     assert runtime.sum_over_ranks(1, 0.5 * topology.rank) == [num_ranks, 0.25 * num_ranks * (num_ranks - 1)]
+
+
+def test_arrays_reach_their_rank_in_any_number_of_messages(
+    runtime: ModuleType, num_ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = runtime.init().rank
+    monkeypatch.setattr(array_exchange, "PIECE_BYTES", 16)
+
+    def arrays(sender: int, receiver: int) -> dict[str, np.ndarray]:  # another number for each pair, or none
+        values = np.arange(3, dtype=np.float32) + 10 * sender + receiver
+        return {f"{sender}.{number}": values + number for number in range(sender * receiver)}
+
+    received = runtime.exchange_arrays([arrays(rank, receiver) for receiver in range(num_ranks)])
+    for sender, of_rank in enumerate(received):
+        expected = arrays(sender, rank)
+        assert of_rank.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(of_rank[name], array)
 
 
 def test_what_one_rank_finds_wrong_all_raise_once(runtime: ModuleType) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from common import checkpoint
-from common.checkpoint import Arrays, Checkpoints, check_names_and_shapes
+from common.array_exchange import Arrays
+from common.checkpoint import Checkpoints, check_names_and_shapes
 from common.composition import compose
 from common.config import ConfigError
 from common.sharding import Plan

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from common.checkpoint import Arrays, check_names_and_shapes, of_all_stages, of_this_stage
+from common.array_exchange import Arrays
+from common.checkpoint import check_names_and_shapes, of_all_stages, of_this_stage
 from common.compression import SUMMED
 from common.tf import optimizers, runtime
 from common.tf.gradients import Gradients

@@ -127,11 +127,11 @@ class Worker(ServedGradients):
         """Gives all ranks the newest weights."""
         if not self._waits:
             nothing = _packed(Push(pauses=1), tf.zeros(self._code.num_bytes(self._num_steps), tf.uint8))
-            for message in self._push([nothing for _ in self._topology.servers]):
+            for message in self._send_to_servers([nothing for _ in self._topology.servers]):
                 message.result()
         super().settle()
 
-    def _push(self, messages: Sequence[tf.Tensor]) -> "list[Future[tf.Tensor]]":
+    def _send_to_servers(self, messages: Sequence[tf.Tensor]) -> "list[Future[tf.Tensor]]":
         """Starts a message to each server."""
         name = f"push.{{}}.{self._topology.rank}"
         return [self._transfers.send(name.format(server), message, server) for server, message in enumerate(messages)]
@@ -156,7 +156,7 @@ class Worker(ServedGradients):
         """What the servers answer to messages, one to each."""
         me, row = self._topology.rank, tf.zeros((1, self._weights.size), self._weights.dtype)
         like = _packed(Answer(0, 0, 0), as_bytes(row)[0])
-        pushes = self._push(messages)
+        pushes = self._send_to_servers(messages)
         answers = [self._transfers.receive(f"answer.{server}.{me}", like, server) for server in self._topology.servers]
         return [message.result() for message in pushes + answers][len(pushes) :]
 

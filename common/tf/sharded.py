@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
-from common.checkpoint import Arrays
+from common.array_exchange import Arrays
 from common.compression import piece_size
 from common.config import OptimizerConfig, RunConfig
 from common.tf import optimizers, runtime

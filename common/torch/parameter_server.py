@@ -106,7 +106,7 @@ class Worker(ServedGradients):
         me, servers = self._topology.rank, self._topology.servers
         messages = [_packed(push, self._encoded(row)) for row in servers]
         answers = [torch.empty(_size(Answer, row.nbytes), dtype=torch.uint8) for row in self._rows]
-        handles = self._push(messages)
+        handles = self._send_to_servers(messages)
         handles += [self._transfer("answer", server, me, server, answers[server]) for server in servers]
         for handle in handles:
             hvd.synchronize(handle)
@@ -128,11 +128,11 @@ class Worker(ServedGradients):
         """Gives all ranks the newest weights."""
         if not self._waits:
             nothing = torch.zeros(self._code.num_bytes(self.num_steps), dtype=torch.uint8)
-            for handle in self._push([_packed(Push(pauses=1), nothing) for _ in self._topology.servers]):
+            for handle in self._send_to_servers([_packed(Push(pauses=1), nothing) for _ in self._topology.servers]):
                 hvd.synchronize(handle)
         super().settle()
 
-    def _push(self, messages: Sequence[Tensor]) -> list[int]:
+    def _send_to_servers(self, messages: Sequence[Tensor]) -> list[int]:
         """Starts a message to each server."""
         me = self._topology.rank
         return [self._transfer("push", server, me, me, message) for server, message in enumerate(messages)]

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from common.checkpoint import Arrays, check_names_and_shapes
+from common.array_exchange import Arrays
+from common.checkpoint import check_names_and_shapes
 from common.compression import piece_size
 from common.config import ConfigError, OptimizerConfig, RunConfig
 from common.torch import optimizers, runtime
