@@ -342,7 +342,7 @@ def sparsity_warm_up(step: int, warmup_steps: int, ratio: float) -> float:
     """DGC's share of values that are sent: 1/4 at first, then less by the same factor in each of four stages.
 
     Args:
-        step: from 0.
+        step: from 0, the first one that is compressed.
         warmup_steps: after which it is ratio; the paper has four epochs, and 25 % to 0.4 %.
         ratio: the share in the end.
     """

@@ -236,6 +236,8 @@ class AdamWConfig(OptimizerConfig):
     beta2: float = MISSING
     epsilon: float = MISSING
     weight_decay: float = MISSING
+    freeze_step: int = MISSING
+    """Updates after which the second moment stays as it is; 0: never."""
 
 
 @dataclass

@@ -56,6 +56,7 @@ _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], float, str]] = {
     "optimizer.beta2": (operator.ge, 0, "at least 0"),
     "optimizer.epsilon": (operator.gt, 0, "greater than 0"),
     "optimizer.weight_decay": (operator.ge, 0, "at least 0; 0 means none"),
+    "optimizer.freeze_step": (operator.ge, 0, "at least 0; 0 means never"),
     "lr_schedule.warmup_steps": (operator.ge, 0, "at least 0; 0 means none"),
     "lr_schedule.final_fraction": (operator.ge, 0, "at least 0"),
     "data.num_examples": (operator.ge, 1, "at least 1"),
@@ -260,6 +261,11 @@ def _dgc_problems(compression: DGCConfig, cfg: RunConfig) -> Iterator[str]:
         yield (
             f"optimizer.momentum={optimizer.momentum}: dgc has a velocity of its own in its place; leave "
             "compression.momentum out, or use optimizer.momentum=0"
+        )
+    if compression.momentum and compression.start_step > 1:
+        yield (
+            f"compression.start_step={compression.start_step}: the steps before would have no momentum, which is in "
+            "dgc's velocity; use compression.start_step=1 and compression.warmup_steps, or compression.momentum=0"
         )
     if not isinstance(optimizer, SGDConfig) and compression.momentum:
         yield (

@@ -1,5 +1,6 @@
 """Both bindings against numpy, on real ranks."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 SGD = SGDConfig("sgd", lr=0.1, momentum=0.9)
-ADAMW = AdamWConfig("adamw", lr=0.1, beta1=0.8, beta2=0.9, epsilon=0.1, weight_decay=0.0)
+ADAMW = AdamWConfig("adamw", lr=0.1, beta1=0.8, beta2=0.9, epsilon=0.1, weight_decay=0.0, freeze_step=0)
+FROZEN = dataclasses.replace(ADAMW, freeze_step=2)
 ONE_BUCKET, MANY_BUCKETS = 10**6, 40
 
 pytestmark = pytest.mark.ranks(2, 4)
@@ -139,7 +141,7 @@ def test_the_global_norm_is_clipped_only_when_larger(framework: str, runtime: Mo
         np.testing.assert_allclose(gradient, min(1.0, factor) * reference, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("cfg", [SGD, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("cfg", [SGD, ADAMW, FROZEN], ids=["sgd", "adamw", "frozen"])
 def test_optimizers_follow_their_formulas_while_the_rate_changes(
     framework: str, runtime: ModuleType, cfg: OptimizerConfig
 ) -> None:
@@ -147,7 +149,7 @@ def test_optimizers_follow_their_formulas_while_the_rate_changes(
     weights = small_model.initial_weights(0)
     model = small_model.build(framework, weights, cfg, topology)
     state: dict[str, object] = {}
-    for step, rate in enumerate((0.01, 0.1, 0.02)):
+    for step, rate in enumerate((0.01, 0.1, 0.02, 0.05)):
         inputs = np.random.default_rng(step).standard_normal((9, 5))
         model.gradients(inputs[part(9, topology)], 9, 1, ONE_BUCKET)
         model.step(rate)
@@ -159,7 +161,7 @@ def test_optimizers_follow_their_formulas_while_the_rate_changes(
 
 
 def test_weight_decay_is_for_matrices(framework: str, runtime: ModuleType) -> None:
-    cfg = AdamWConfig("adamw", lr=0.1, beta1=0.8, beta2=0.9, epsilon=1e-8, weight_decay=0.5)
+    cfg = dataclasses.replace(ADAMW, weight_decay=0.5)
     topology = runtime.init()
     before = small_model.initial_weights(0)
     model = small_model.build(framework, before, cfg, topology)

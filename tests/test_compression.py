@@ -91,9 +91,11 @@ def test_top_k_is_that_of_numpy_bit_by_bit(
 @at_2_3_4
 def test_dgc_is_that_of_numpy(binding: ModuleType, runtime: ModuleType, num_ranks: int) -> None:
     topology = runtime.init()
-    cfg = method("dgc", ratio=0.01, warmup_steps=4, momentum=0.9)
+    cfg = method("dgc", ratio=0.01, warmup_steps=4, momentum=0.9, start_step=3)
     exchange = binding.Exchange([(SIZE,)], topology, compression=cfg)
     state: list[dict[str, np.ndarray]] = [{} for _ in range(num_ranks)]
+    for _ in range(2):  # uncompressed; its warm-up begins after them
+        exchange.step([np.zeros(SIZE, np.float32)])
     for step in range(6):
         of_ranks = coarse_vectors(num_ranks, step)
         ratio = rules.sparsity_warm_up(step, 4, 0.01)

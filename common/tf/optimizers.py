@@ -1,5 +1,6 @@
 """The optimizers of conf/optimizer as Keras has them."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -47,7 +48,15 @@ class AdamW(keras.optimizers.AdamW):
     """AdamW as its paper and PyTorch have it: epsilon is added to the square root of the corrected second moment.
 
     Keras adds it before the correction, which makes it larger by up to 1 / sqrt(1 - beta2) in the first steps.
+
+    The second moment may stay as it is after cfg.freeze_step updates. Then the update is linear in the gradients, so
+    that what error feedback adds late counts as if it had come in time; squares of compressed gradients are not those
+    of the gradients. Source: Tang et al., "1-bit Adam", 2021, https://arxiv.org/abs/2102.02888 (algorithm 1)
     """
+
+    def __init__(self, cfg: AdamWConfig) -> None:
+        super().__init__(cfg.lr, cfg.weight_decay, cfg.beta1, cfg.beta2, cfg.epsilon)
+        self._last_square = cfg.freeze_step or math.inf
 
     def update_step(self, gradient, variable, learning_rate):  # type: ignore[no-untyped-def]
         """Changes the variable by one step; the base class has applied the decay."""
@@ -55,8 +64,9 @@ class AdamW(keras.optimizers.AdamW):
         first, second = self._momentums[index], self._velocities[index]
         step = keras.ops.cast(self.iterations + 1, variable.dtype)
         self.assign_add(first, (1 - self.beta_1) * (gradient - first))
-        self.assign_add(second, (1 - self.beta_2) * (keras.ops.square(gradient) - second))
-        root = keras.ops.sqrt(second / (1 - self.beta_2**step))
+        share = (1 - self.beta_2) * keras.ops.cast(step <= self._last_square, variable.dtype)
+        self.assign_add(second, share * (keras.ops.square(gradient) - second))
+        root = keras.ops.sqrt(second / (1 - self.beta_2 ** keras.ops.minimum(step, self._last_square)))
         rate = keras.ops.cast(learning_rate, variable.dtype) / (1 - self.beta_1**step)
         self.assign_sub(variable, rate * first / (root + self.epsilon))
 
@@ -90,7 +100,7 @@ def _build(cfg: OptimizerConfig, others: Sequence[keras.Variable]) -> keras.Opti
     if isinstance(cfg, SGDConfig):
         return SGD(cfg.lr, cfg.momentum)
     if isinstance(cfg, AdamWConfig):
-        optimizer = AdamW(cfg.lr, cfg.weight_decay, cfg.beta1, cfg.beta2, cfg.epsilon)
+        optimizer = AdamW(cfg)
         optimizer.exclude_from_weight_decay(list(others))
         return optimizer
     raise TypeError(f"no optimizer for {type(cfg).__name__}")

@@ -10,6 +10,47 @@ import torch
 from torch import nn
 
 
+class AdamW(torch.optim.AdamW):
+    """AdamW whose second moment may stay as it is after cfg.freeze_step updates.
+
+    Then the update is linear in the gradients, so that what error feedback adds late counts as if it had come in time;
+    squares of compressed gradients are not those of the gradients. Source: Tang et al., "1-bit Adam", 2021,
+    https://arxiv.org/abs/2102.02888 (algorithm 1)
+
+    Args:
+        groups: parameters, and their weight_decay.
+        cfg: all else.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], cfg: AdamWConfig) -> None:
+        super().__init__(groups, cfg.lr, (cfg.beta1, cfg.beta2), cfg.epsilon, fused=True)
+        self._freeze_step = cfg.freeze_step
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of the weights."""
+        num_updates = next(iter(self.state.values()))["step"]
+        if not self._freeze_step or num_updates < self._freeze_step:
+            super().step()
+        else:
+            for group in self.param_groups:
+                self._step_with_frozen_moment(group)
+
+    @torch.no_grad()
+    def _step_with_frozen_moment(self, group: dict[str, Any]) -> None:
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        first, second, steps = (
+            [self.state[parameter][name] for parameter in parameters] for name in ("exp_avg", "exp_avg_sq", "step")
+        )
+        torch._foreach_add_(steps, 1)
+        beta1, beta2 = group["betas"]
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_lerp_(first, [parameter.grad for parameter in parameters], 1 - beta1)
+        roots = torch._foreach_div(second, 1 - beta2**self._freeze_step)
+        torch._foreach_sqrt_(roots)
+        torch._foreach_add_(roots, group["eps"])
+        torch._foreach_addcdiv_(parameters, first, roots, -group["lr"] / (1 - beta1 ** float(steps[0])))
+
+
 class Optimizer(Protocol):
     """What training needs of torch.optim.Optimizer, or of what takes its place."""
 
@@ -79,7 +120,7 @@ def _build(
         return torch.optim.SGD([*decaying, *others], cfg.lr, cfg.momentum, fused=True)
     if isinstance(cfg, AdamWConfig):
         groups = [{"params": decaying, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, cfg.lr, (cfg.beta1, cfg.beta2), cfg.epsilon, fused=True)
+        return AdamW(groups, cfg)
     raise TypeError(f"no optimizer for {type(cfg).__name__}")
 
 

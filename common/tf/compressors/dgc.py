@@ -20,7 +20,8 @@ class Compressor(Sparse):
         """The largest ones; in warm-up more of them."""
         warmup_steps = self._cfg.warmup_steps
         ratios = [sparsity_warm_up(stage, WARM_UP_STAGES, self._cfg.ratio) for stage in range(WARM_UP_STAGES + 1)]
-        stage = tf.minimum(WARM_UP_STAGES * step // warmup_steps, WARM_UP_STAGES) if warmup_steps else WARM_UP_STAGES
+        steps = step + 1 - self._cfg.start_step
+        stage = tf.minimum(WARM_UP_STAGES * steps // warmup_steps, WARM_UP_STAGES) if warmup_steps else WARM_UP_STAGES
         count = tf.gather([num_chosen(values.shape[0], ratio) for ratio in ratios], stage)
         return tf.math.top_k(tf.abs(values), count, sorted=False).indices
 

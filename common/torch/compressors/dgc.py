@@ -18,7 +18,7 @@ class Compressor(Sparse):
 
     def choose(self, values: Tensor, step: int) -> Tensor:
         """The largest ones; in warm-up more of them."""
-        ratio = sparsity_warm_up(step, self._cfg.warmup_steps, self._cfg.ratio)
+        ratio = sparsity_warm_up(step + 1 - self._cfg.start_step, self._cfg.warmup_steps, self._cfg.ratio)
         self._places = values.abs().topk(num_chosen(len(values), ratio), sorted=False).indices
         return self._places
 
