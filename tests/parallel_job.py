@@ -17,7 +17,7 @@ TASKS = {
         *("train.global_batch_size=24", "lr_schedule.warmup_steps=10"),
     ],
 }
-COMMON = ["train.max_steps=9", "train.log_every=1", "optimizer=adamw", "data.ledger=true"]
+COMMON = ["train.max_steps=9", "train.log_every=1", "optimizer=adamw", "optimizer.freeze_step=6", "data.ledger=true"]
 _PIPELINE = ["parallel=pipeline", "parallel.num_micro_batches=2"]
 _SERVER = ["parallel=parameter_server"]
 _SCHEDULES = {

@@ -64,9 +64,12 @@ def updates(cfg: Any, gradients: Sequence[np.ndarray], state: dict[str, Any], ra
         state["m"] = [cfg.momentum * old + new for old, new in zip(m, gradients, strict=True)]
         return [-rate * velocity for velocity in state["m"]]
     state["m"] = [cfg.beta1 * old + (1 - cfg.beta1) * new for old, new in zip(m, gradients, strict=True)]
-    if not cfg.freeze_step or state["t"] <= cfg.freeze_step:
+    num_squares = min(state["t"], cfg.freeze_step or state["t"])
+    correction = 1 - cfg.beta2**num_squares
+    if num_squares == state["t"]:
         state["v"] = [cfg.beta2 * old + (1 - cfg.beta2) * new**2 for old, new in zip(v, gradients, strict=True)]
-        state["squares"] = state["t"]
+    else:
+        state["v"] = [np.where(old > 0, old, correction * new**2) for old, new in zip(v, gradients, strict=True)]
     first = [moment / (1 - cfg.beta1 ** state["t"]) for moment in state["m"]]
-    second = [moment / (1 - cfg.beta2 ** state["squares"]) for moment in state["v"]]
+    second = [moment / correction for moment in state["v"]]
     return [-rate * a / (np.sqrt(b) + cfg.epsilon) for a, b in zip(first, second, strict=True)]

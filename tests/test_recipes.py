@@ -233,6 +233,7 @@ def mistakes(tmp_path: Path) -> dict[str, list[str]]:
             "optimizer.momentum=0.9: dgc has a velocity",
             "leave compression.momentum out",
         ],
+        "compression=dgc compression.start_step=5": ["the steps before would have no momentum", "warmup_steps"],
         "compression=fp16 precision=fp16": ["compression=fp16: with precision=fp16", "use compression=bf16"],
         "compression=topk compression.two_level=true": ["compression.two_level=true: all ranks are on one host"],
         f"resume={checkpoints['other']}": ["is a checkpoint of mnist_cnn, not of mnist_mlp"],

@@ -56,7 +56,7 @@ class AdamW(keras.optimizers.AdamW):
 
     def __init__(self, cfg: AdamWConfig) -> None:
         super().__init__(cfg.lr, cfg.weight_decay, cfg.beta1, cfg.beta2, cfg.epsilon)
-        self._last_square = cfg.freeze_step or math.inf
+        self._freeze_step = cfg.freeze_step
 
     def update_step(self, gradient, variable, learning_rate):  # type: ignore[no-untyped-def]
         """Changes the variable by one step; the base class has applied the decay."""
@@ -64,9 +64,15 @@ class AdamW(keras.optimizers.AdamW):
         first, second = self._momentums[index], self._velocities[index]
         step = keras.ops.cast(self.iterations + 1, variable.dtype)
         self.assign_add(first, (1 - self.beta_1) * (gradient - first))
-        share = (1 - self.beta_2) * keras.ops.cast(step <= self._last_square, variable.dtype)
-        self.assign_add(second, share * (keras.ops.square(gradient) - second))
-        root = keras.ops.sqrt(second / (1 - self.beta_2 ** keras.ops.minimum(step, self._last_square)))
+        correction = 1 - self.beta_2 ** keras.ops.minimum(step, self._freeze_step or math.inf)
+        square = keras.ops.square(gradient)
+        new = second + (1 - self.beta_2) * (square - second)
+        if self._freeze_step:
+            # What had no gradient before would be divided by nothing: there the first square stays.
+            frozen = keras.ops.where(second > 0, second, correction * square)
+            new = keras.ops.where(step <= self._freeze_step, new, frozen)
+        self.assign(second, new)
+        root = keras.ops.sqrt(second / correction)
         rate = keras.ops.cast(learning_rate, variable.dtype) / (1 - self.beta_1**step)
         self.assign_sub(variable, rate * first / (root + self.epsilon))
 

@@ -37,18 +37,19 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def _step_with_frozen_moment(self, group: dict[str, Any]) -> None:
-        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        first, second, steps = (
-            [self.state[parameter][name] for parameter in parameters] for name in ("exp_avg", "exp_avg_sq", "step")
-        )
-        torch._foreach_add_(steps, 1)
         beta1, beta2 = group["betas"]
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_lerp_(first, [parameter.grad for parameter in parameters], 1 - beta1)
-        roots = torch._foreach_div(second, 1 - beta2**self._freeze_step)
-        torch._foreach_sqrt_(roots)
-        torch._foreach_add_(roots, group["eps"])
-        torch._foreach_addcdiv_(parameters, first, roots, -group["lr"] / (1 - beta1 ** float(steps[0])))
+        correction = 1 - beta2**self._freeze_step
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            first, second, num_updates = (self.state[parameter][name] for name in ("exp_avg", "exp_avg_sq", "step"))
+            num_updates += 1
+            first.lerp_(parameter.grad, 1 - beta1)
+            # What had no gradient before would be divided by nothing: there the first square stays.
+            torch.where(second > 0, second, correction * parameter.grad**2, out=second)
+            root = (second / correction).sqrt_().add_(group["eps"])
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.addcdiv_(first, root, value=-group["lr"] / (1 - beta1 ** float(num_updates)))
 
 
 class Optimizer(Protocol):
