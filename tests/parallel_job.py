@@ -14,10 +14,10 @@ TASKS = {
     "mnist_cnn": ["model.channels=[8,16]", "model.hidden_size=32", "train.global_batch_size=204"],
     "transformer_lm": [
         *("data.path=README.md", "model.width=32", "model.num_layers=2", "model.num_heads=2", "model.context=16"),
-        *("train.global_batch_size=24", "lr_schedule.warmup_steps=10"),
+        *("train.global_batch_size=24", "lr_schedule.warmup_steps=10", "optimizer.freeze_step=6"),
     ],
 }
-COMMON = ["train.max_steps=9", "train.log_every=1", "optimizer=adamw", "optimizer.freeze_step=6", "data.ledger=true"]
+COMMON = ["train.max_steps=9", "train.log_every=1", "optimizer=adamw", "data.ledger=true"]
 _PIPELINE = ["parallel=pipeline", "parallel.num_micro_batches=2"]
 _SERVER = ["parallel=parameter_server"]
 _SCHEDULES = {
