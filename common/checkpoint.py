@@ -87,10 +87,10 @@ def write(folder: Path, weights: Arrays, moments: Arrays, gradients: Arrays, sta
     with (unfinished / STATE).open("wb") as file:
         file.write(json.dumps(state | {"sha256": hashes}, indent=2).encode())
         disk.sync(file)
-    disk.sync_folder(unfinished)
+    disk.sync_path(unfinished)
     shutil.rmtree(folder, ignore_errors=True)  # of the same step, when a run redoes it
     unfinished.rename(folder)
-    disk.sync_folder(folder.parent)
+    disk.sync_path(folder.parent)
 
 
 def _write_arrays(path: Path, arrays: Arrays) -> str:

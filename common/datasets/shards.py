@@ -479,12 +479,12 @@ class ShardWriter:
         with (self._folder / INDEX).open("wb") as file:
             file.write((json.dumps(content, indent=1) + "\n").encode())
             disk.sync(file)
-        disk.sync_folder(self._folder)
+        disk.sync_path(self._folder)
         try:
             self._folder.rename(self._out)
         except OSError as error:
             raise _taken(str(self._out)) from error
-        disk.sync_folder(self._out.parent)
+        disk.sync_path(self._out.parent)
         return Index(self._out, kind, content["tokenizer"], parts)
 
     def _closed_fields(self, part: str, names: Sequence[str]) -> dict[str, Field]:
