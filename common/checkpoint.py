@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -84,6 +85,7 @@ def write(folder: Path, weights: Arrays, moments: Arrays, gradients: Arrays, sta
     unfinished.mkdir(parents=True)
     files = {WEIGHTS: weights, OPTIMIZER: moments, GRADIENTS: gradients}
     hashes = {name: _write_arrays(unfinished / name, arrays) for name, arrays in files.items()}
+    hashes[STATE] = state_sha256(state)
     with (unfinished / STATE).open("wb") as file:
         file.write(json.dumps(state | {"sha256": hashes}, indent=2).encode())
         disk.sync(file)
@@ -107,25 +109,90 @@ def _write_arrays(path: Path, arrays: Arrays) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def state_sha256(state: Mapping[str, Any]) -> str:
+    """SHA-256, in hexadecimal, of all that a checkpoint's state says beside the hashes."""
+    others = {key: value for key, value in state.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+
+
 def read(folder: Path) -> Checkpoint:
-    """Reads a checkpoint and checks that it is whole.
+    """Reads a checkpoint and checks that it is whole, and that its state has what others look up without a question.
 
     Raises:
         ConfigError: it is not; the message names the folder.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import load
 
     try:
-        state = json.loads((folder / STATE).read_bytes())
-        contents = {name: (folder / name).read_bytes() for name in (WEIGHTS, OPTIMIZER, GRADIENTS)}
-        for name, content in contents.items():
-            if hashlib.sha256(content).hexdigest() != state["sha256"][name]:
-                raise ValueError(f"{name} was cut off or altered: its SHA-256 is not that of {STATE}")
+        state = disk.parse_json(disk.read_bytes(folder / STATE))
+        _check_state(state)
+        contents = {name: disk.read_bytes(folder / name) for name in (WEIGHTS, OPTIMIZER, GRADIENTS)}
+        _check_hashes(state, contents)
         weights, moments, gradients = (load(content) for content in contents.values())
         return Checkpoint(folder, weights, moments, gradients, state)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else disk.brief(error)
         raise ConfigError([f"{folder}: is no sound checkpoint: {reason}"]) from error
+
+
+def _check_hashes(state: Mapping[str, Any], contents: Mapping[str, bytes]) -> None:
+    """Raises a ValueError when a file is not the one that was written; older checkpoints have no hash of the state."""
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    if STATE in state["sha256"]:
+        hashes[STATE] = state_sha256(state)
+    for name, found in hashes.items():
+        if state["sha256"].get(name) != found:
+            raise ValueError(f"{name} was cut off or altered: its SHA-256 is not that of {STATE}")
+
+
+# What is looked up in a state without a question, and of which type it must be.
+_STATE_TYPES: dict[str, type] = {
+    **dict.fromkeys(("task", "framework", "fingerprint"), str),
+    **dict.fromkeys(("config", "position", "batch_sizes", "sha256"), dict),
+}
+_LEAST_POSITION = {"step": 0, "epoch": 1, "offset": 0}
+_MOST = 1 << 53  # of a counter: exact in any arithmetic
+
+
+def _check_state(state: Any) -> None:
+    """Raises a ValueError when a state is not of the form that Checkpoints writes."""
+    if not isinstance(state, dict):
+        raise ValueError(f"{STATE} is no JSON object")
+    wrong = [key for key, kind in _STATE_TYPES.items() if not isinstance(state.get(key), kind)]
+    if not wrong:
+        optimizer = state["config"].get("optimizer")
+        is_right = {
+            "config": isinstance(optimizer, dict) and isinstance(optimizer.get("name"), str),
+            "position": _is_position(state["position"]),
+            "batch_sizes": _are_batch_sizes(state["batch_sizes"]),
+        }
+        wrong = [key for key, right in is_right.items() if not right]
+    if wrong:
+        raise ValueError(f"{STATE} lacks {' and '.join(map(repr, wrong))}, or has it in another form")
+
+
+def _is_position(position: Mapping[str, Any]) -> bool:
+    return position.keys() == _LEAST_POSITION.keys() and all(
+        _is_count(position[key], least) for key, least in _LEAST_POSITION.items()
+    )
+
+
+def _are_batch_sizes(sizes: Mapping[str, Any]) -> bool:
+    """Whether they are what BatchSizes.to_json() gives."""
+    changes, numbers = sizes.get("changes"), (sizes.get("noise"), sizes.get("signal"))
+    return (
+        isinstance(changes, list)
+        and bool(changes)
+        and all(isinstance(change, list) and len(change) == 2 for change in changes)
+        and all(_is_count(number, 1) for change in changes for number in change)
+        and changes[0][0] == 1
+        and all(type(number) in (int, float) and abs(number) < _MOST**2 for number in numbers)
+    )
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < _MOST
 
 
 def newest(run_folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -145,7 +212,7 @@ def find(path: Path) -> Checkpoint:
     Raises:
         ConfigError: there is none.
     """
-    if (path / STATE).exists() or path.name.startswith("step-"):
+    if os.path.exists(path / STATE) or path.name.startswith("step-"):  # Path.exists() raises where names are too long
         return read(path)
     checkpoint, problems = newest(path)
     if checkpoint is None:

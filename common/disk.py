@@ -8,8 +8,12 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
+
+MAX_DEPTH = 100  # of nested JSON: what is parsed can be walked through and written again by recursion
+MAX_REASON = 300  # characters
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -39,12 +43,31 @@ def parse_json(content: str | bytes) -> Any:
     """What JSON text stands for.
 
     Raises:
-        ValueError: it is not JSON, or nested more deeply than Python reads.
+        ValueError: it is not JSON, or nested more than MAX_DEPTH deep.
     """
+    too_deep = ValueError(f"it is nested more than {MAX_DEPTH} deep")
     try:
-        return json.loads(content)
+        value = json.loads(content)
     except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        raise too_deep from error
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level for child in _children(node) if isinstance(child, dict | list)]
+    if level:
+        raise too_deep
+    return value
+
+
+def _children(node: Any) -> Iterable[Any]:
+    if isinstance(node, dict):
+        return node.values()
+    return node if isinstance(node, list) else ()
+
+
+def brief(reason: object) -> str:
+    """What a file's contents made a library say, on one line of a bearable length."""
+    line = "".join(character if character.isprintable() else " " for character in str(reason))
+    return line if len(line) <= MAX_REASON else f"{line[:MAX_REASON]}..."
 
 
 def sync(file: BinaryIO) -> None:
