@@ -187,7 +187,7 @@ def _are_batch_sizes(sizes: Mapping[str, Any]) -> bool:
         and all(isinstance(change, list) and len(change) == 2 for change in changes)
         and all(_is_count(number, 1) for change in changes for number in change)
         and changes[0][0] == 1
-        and all(type(number) in (int, float) and abs(number) < _MOST**2 for number in numbers)
+        and all(isinstance(number, int | float) and abs(number) < _MOST**2 for number in numbers)
     )
 
 

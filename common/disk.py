@@ -9,6 +9,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +17,7 @@ MAX_DEPTH = 100  # of nested JSON: what is parsed can be walked through and writ
 MAX_REASON = 300  # characters
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Opens a file to read.
 
     Raises:

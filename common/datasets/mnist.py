@@ -9,10 +9,10 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from common import disk
 from common.config import ConfigError
 from common.datasets.split import Split
 
@@ -149,19 +149,24 @@ class IdxFile:
                 content = file.read(wanted)
                 size += len(content)
                 if len(content) < wanted:
-                    break
+                    raise self._damaged(f"its header promises {promised} bytes and it has {size}")
                 yield np.frombuffer(content, np.uint8).reshape(-1, *self.item_shape)
-            size += sum(map(len, iter(partial(file.read, 1 << 20), b"")))
-            if size != promised:
-                raise self._damaged(f"its header promises {promised} bytes and it has {size}")
+            if file.read(1):  # all that is left may be more than anyone has time for, once it is unpacked
+                raise self._damaged(f"its header promises {promised} bytes and it has more")
 
     @contextmanager
     def _opened(self) -> Iterator[BinaryIO]:
         try:
-            with gzip.open(self.path) if self.path.suffix == ".gz" else self.path.open("rb") as file:
-                yield file  # type: ignore[misc]  # GzipFile is one in all but name
+            with disk.open_regular(self.path) as file:
+                if self.path.suffix == ".gz":
+                    with gzip.GzipFile(fileobj=file) as unpacked:
+                        yield unpacked  # type: ignore[misc]  # GzipFile is one in all but name
+                else:
+                    yield file
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise self._damaged(f"it cannot be unpacked ({error})") from error
+        except OSError as error:
+            raise self._damaged(f"it cannot be read ({error.strerror})") from error
 
     def _read_count(self, file: BinaryIO) -> int:
         num_dims = 1 + len(self.item_shape)

@@ -3,14 +3,17 @@
 docs/data.md describes the format.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -33,6 +36,9 @@ DTYPES = {"images": ("|u1",), "classes": ("|u1",), "tokens": ("|u1", "<u2", "<u4
 ITEM_SHAPES: dict[str, tuple[int, ...]] = {"images": (28, 28), "classes": (), "tokens": ()}
 MAX_MAPS = 128  # open at a time of one field, as each keeps a file open
 MAX_PROBLEMS = 5  # named by a rank
+NUM_CLASSES = 10
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # leads nowhere but into the folder
+_MOST = 1 << 48  # items and bytes: what can be added up and multiplied in 64 bits
 
 
 @dataclass(frozen=True)
@@ -94,14 +100,19 @@ class Index:
     Attributes:
         folder: where it is.
         kind: "images" or "text".
-        tokenizer: of text, as common.datasets.tokenizer describes it; None for images.
+        tokenizer: of text; None for images.
         parts: by name, PARTS.
     """
 
     folder: Path
     kind: str
-    tokenizer: dict[str, Any] | None
+    tokenizer: Tokenizer | None
     parts: dict[str, Part]
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """What all items of a field must be below, where a model takes them as numbers of its outputs or rows."""
+        return {"tokens": self.tokenizer.vocabulary_size} if self.tokenizer else {"classes": NUM_CLASSES}
 
     def shards(self) -> list[tuple[Field, Shard]]:
         """All shards, each with the field that it is part of."""
@@ -115,10 +126,11 @@ class ShardedArray:
     Args:
         folder: of the shards.
         field: what the index says.
+        limit: which all items must be below; None: any will do.
     """
 
-    def __init__(self, folder: Path, field: Field) -> None:
-        self._folder, self._field = folder, field
+    def __init__(self, folder: Path, field: Field, limit: int | None = None) -> None:
+        self._folder, self._field, self._limit = folder, field, limit
         self._shard_size = field.shards[0].count
         self._map = lru_cache(MAX_MAPS)(self._open_map)
 
@@ -148,17 +160,29 @@ class ShardedArray:
 
         Raises:
             IndexError: a number is out of range, or no integer.
-            ConfigError: a shard is missing or has another size than the index says.
+            ConfigError: a shard is missing or has another size than the index says, or an item is not below the limit.
         """
         if not isinstance(items, slice):
-            return self._gather(np.asarray(items))
+            return self._within_limit(self._gather(np.asarray(items)))
         start, stop, step = items.indices(len(self))
-        return self._run(start, max(start, stop)) if step == 1 else self._gather(np.arange(start, stop, step))
+        is_run = step == 1
+        chosen = self._run(start, max(start, stop)) if is_run else self._gather(np.arange(start, stop, step))
+        return self._within_limit(chosen)
+
+    def _within_limit(self, items: np.ndarray) -> np.ndarray:
+        """Returns the items when they are numbers of what the model has."""
+        if self._limit is not None and items.size and items.max() >= self._limit:
+            place = f"data.path={self._folder}: {self._field.shards[0].file} or a shard after it"
+            raise ConfigError([f"{place} has the number {items.max()}, and all must be below {self._limit}; {_REMEDY}"])
+        return items
 
     def _run(self, start: int, stop: int) -> np.ndarray:
         """The items start .. stop - 1."""
+        touched = range(start // self._shard_size, -(-stop // self._shard_size) if stop > start else 0)
+        for number in touched:  # before there is memory for what the index promises
+            self._check_size(number)
         result = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        for number in range(start // self._shard_size, -(-stop // self._shard_size) if stop > start else 0):
+        for number in touched:
             base = number * self._shard_size
             first, last = max(start, base), min(stop, base + self._shard_size)
             result[first - start : last - start] = self._map(number)[first - base : last - base]
@@ -181,13 +205,16 @@ class ShardedArray:
             result[chosen] = self._map(int(shard))[places[chosen]]
         return result.reshape((*items.shape, *self.shape[1:]))
 
-    def _open_map(self, number: int) -> np.ndarray:
-        shard = self._field.shards[number]
-        problem = _problem(self._folder, self._field, shard, Verify.size)
+    def _check_size(self, number: int) -> None:
+        problem = _problem(self._folder, self._field, self._field.shards[number], Verify.size)
         if problem:
             raise ConfigError([problem])
-        shape = (shard.count, *self._field.item_shape)
-        return np.memmap(self._folder / shard.file, self.dtype, mode="r", shape=shape)
+
+    def _open_map(self, number: int) -> np.ndarray:
+        self._check_size(number)
+        shard = self._field.shards[number]
+        with _open_shard(self._folder, shard) as file:
+            return np.memmap(file, self.dtype, mode="r", shape=(shard.count, *self._field.item_shape))
 
 
 def open_index(path: str | None, kind: str) -> Index:
@@ -205,7 +232,7 @@ def open_index(path: str | None, kind: str) -> Index:
             ["data.path=null: must name the folder that python -m recipes shard-data has written; set data.path"]
         )
     try:
-        content = json.loads((Path(path) / INDEX).read_bytes())
+        content = disk.parse_json(disk.read_bytes(Path(path) / INDEX))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(
             [
@@ -213,6 +240,8 @@ def open_index(path: str | None, kind: str) -> Index:
                 "to its end"
             ]
         ) from error
+    except OSError as error:
+        raise _unusable(path, f"cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise _unusable(path, f"is not JSON ({error})") from error
     reason = _refusal(content)
@@ -234,13 +263,11 @@ def open_index(path: str | None, kind: str) -> Index:
     return index
 
 
+_REMEDY = "copy the folder again, or write it again with python -m recipes shard-data"
+
+
 def _unusable(path: str, reason: str) -> ConfigError:
-    return ConfigError(
-        [
-            f"data.path={path}: {INDEX} {reason}; copy the folder again, or write it again with python -m recipes "
-            "shard-data"
-        ]
-    )
+    return ConfigError([f"data.path={path}: {INDEX} {disk.brief(reason)}; {_REMEDY}"])
 
 
 def _refusal(content: Any) -> str | None:
@@ -271,35 +298,45 @@ def _parse(folder: Path, content: dict[str, Any]) -> Index:
     if kind not in FIELDS:
         raise ValueError(f"kind is {kind!r}, which must be {' or '.join(FIELDS)}")
     parts = {name: _parse_part(content["parts"][name], kind) for name in PARTS}
-    index = Index(folder, kind, content["tokenizer"] if kind == "text" else None, parts)
+    tokenizer = tokenizers.from_json(content["tokenizer"]) if kind == "text" else None
     for name, part in parts.items():
         counts = {name: field.count for name, field in part.fields.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"the {name} part has {' and '.join(f'{n} {field}' for field, n in counts.items())}")
-    if kind == "text":
-        dtype = little_endian(tokenizers.from_json(content["tokenizer"]).dtype).str
-        if any(part.fields["tokens"].dtype != dtype for part in parts.values()):
-            raise ValueError(f"tokens must be {dtype}, as the tokenizer's are")
-    return index
+        if tokenizer and part.fields["tokens"].dtype != little_endian(tokenizer.dtype).str:
+            raise ValueError(f"tokens must be {little_endian(tokenizer.dtype).str}, as the tokenizer's are")
+    return Index(folder, kind, tokenizer, parts)
 
 
 def _parse_part(content: dict[str, Any], kind: str) -> Part:
     fields = {name: _parse_field(name, content["fields"][name]) for name in FIELDS[kind]}
-    return Part(int(content["num_bytes"]) if kind == "text" else 0, fields)
+    return Part(_count(content["num_bytes"]) if kind == "text" else 0, fields)
 
 
 def _parse_field(name: str, content: dict[str, Any]) -> Field:
-    shards = tuple(Shard(str(one["file"]), int(one["count"]), str(one["sha256"])) for one in content["shards"])
-    item_shape = tuple(content["item_shape"])
-    field = Field(content["dtype"], item_shape, content["count"], str(content["sha256"]), shards)
-    if field.dtype not in DTYPES[name] or item_shape != ITEM_SHAPES[name]:
-        raise ValueError(f"{name} are {field.dtype} of the shape {list(item_shape)}")
+    shards = tuple(_parse_shard(name, one) for one in content["shards"])
+    dtype, item_shape = content["dtype"], content["item_shape"]
+    if dtype not in DTYPES[name] or item_shape != list(ITEM_SHAPES[name]):
+        raise ValueError(f"{name} are {dtype} of the shape {item_shape}")
+    field = Field(dtype, ITEM_SHAPES[name], _count(content["count"]), str(content["sha256"]), shards)
     counts = [shard.count for shard in shards]
-    if not counts or min(counts) < 1 or sum(counts) != field.count or {*counts[:-1], max(counts)} != {counts[0]}:
+    if not counts or sum(counts) != field.count or {*counts[:-1], max(counts)} != {counts[0]}:
         raise ValueError(f"the shards of {name} have {counts[:9]} items, of {field.count} together")
-    if any(Path(shard.file).name != shard.file for shard in shards):
-        raise ValueError(f"the shards of {name} are not within the folder")
     return field
+
+
+def _parse_shard(name: str, content: dict[str, Any]) -> Shard:
+    shard = Shard(str(content["file"]), _count(content["count"]), str(content["sha256"]))
+    if not _FILE_NAME.fullmatch(shard.file):
+        raise ValueError(f"the shards of {name} are not within the folder")
+    return shard
+
+
+def _count(value: Any) -> int:
+    """A number of items or bytes, of which there is one at least."""
+    if type(value) is not int or not 1 <= value < _MOST:
+        raise ValueError(f"{value!r} is no number of items or bytes")
+    return value
 
 
 def verify(index: Index, how: Verify, local_rank: int = 0, local_size: int = 1) -> None:
@@ -321,26 +358,33 @@ def verify(index: Index, how: Verify, local_rank: int = 0, local_size: int = 1) 
 
 def _problem(folder: Path, field: Field, shard: Shard, how: Verify) -> str | None:
     """What is wrong with a shard."""
-    path, expected = folder / shard.file, shard.count * field.item_bytes
-    remedy = "copy the folder again, or write it again with python -m recipes shard-data"
+    expected = shard.count * field.item_bytes
     try:
-        size = path.stat().st_size
-        if size != expected:
-            reason = f"has {size} bytes instead of {expected}"
-        elif how is Verify.hash and _file_sha256(path) != shard.sha256:
-            reason = f"has other contents than the SHA-256 in {INDEX}"
-        else:
-            return None
+        with _open_shard(folder, shard) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != expected:
+                reason = f"has {size} bytes instead of {expected}"
+            elif how is Verify.hash and hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                reason = f"has other contents than the SHA-256 in {INDEX}"
+            else:
+                return None
     except FileNotFoundError:
-        return f"data.path={folder}: {shard.file} is missing; {remedy}"
+        return f"data.path={folder}: {shard.file} is missing; {_REMEDY}"
     except OSError as error:
-        return f"data.path={folder}: {shard.file} cannot be read ({error.strerror}); {remedy}"
-    return f"data.path={folder}: {shard.file} {reason}: it is damaged, or {INDEX} belongs to other shards; {remedy}"
+        return f"data.path={folder}: {shard.file} cannot be read ({error.strerror}); {_REMEDY}"
+    return f"data.path={folder}: {shard.file} {reason}: it is damaged, or {INDEX} belongs to other shards; {_REMEDY}"
 
 
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _open_shard(folder: Path, shard: Shard) -> BufferedReader:
+    """Opens a shard, which must be within the folder even where its name is a symbolic link.
+
+    Raises:
+        OSError: it is not, or cannot be opened; see disk.open_regular().
+    """
+    path = folder / shard.file
+    if os.path.dirname(os.path.realpath(path)) != os.path.realpath(folder):
+        raise OSError(errno.EXDEV, "is a link that leads out of the folder", str(path))
+    return disk.open_regular(path)
 
 
 def load_images(cfg: ImageShardsConfig) -> tuple[Split, Split]:
@@ -350,8 +394,7 @@ def load_images(cfg: ImageShardsConfig) -> tuple[Split, Split]:
         ConfigError: there is no such dataset, or its index is damaged.
     """
     index = open_index(cfg.path, "images")
-    splits = [{name: ShardedArray(index.folder, field) for name, field in _fields(index, part)} for part in PARTS]
-    train, test = (Split(**arrays) for arrays in splits)
+    train, test = (Split(**_arrays(index, part)) for part in PARTS)
     return train, test
 
 
@@ -362,13 +405,15 @@ def load_text(cfg: TextShardsConfig, context: int) -> Corpus:
         ConfigError: there is no such dataset, its index is damaged, or it is too short for one example.
     """
     index = open_index(cfg.path, "text")
-    arrays = {part: ShardedArray(index.folder, field) for part in PARTS for _, field in _fields(index, part)}
-    train, test = (Windows.of(arrays[part], context, index.parts[part].num_bytes) for part in PARTS)
-    return Corpus(train, test, tokenizers.from_json(index.tokenizer or {})).check(f"data.path={cfg.path}")
+    train, test = (Windows.of(_arrays(index, part)["tokens"], context, index.parts[part].num_bytes) for part in PARTS)
+    if index.tokenizer is None:
+        raise TypeError("images have no tokenizer")
+    return Corpus(train, test, index.tokenizer).check(f"data.path={cfg.path}")
 
 
-def _fields(index: Index, part: str) -> Iterator[tuple[str, Field]]:
-    yield from index.parts[part].fields.items()
+def _arrays(index: Index, part: str) -> dict[str, ShardedArray]:
+    fields = index.parts[part].fields
+    return {name: ShardedArray(index.folder, field, index.limits.get(name)) for name, field in fields.items()}
 
 
 @dataclass
@@ -485,7 +530,7 @@ class ShardWriter:
         except OSError as error:
             raise _taken(str(self._out)) from error
         disk.sync_path(self._out.parent)
-        return Index(self._out, kind, content["tokenizer"], parts)
+        return Index(self._out, kind, tokenizer, parts)
 
     def _closed_fields(self, part: str, names: Sequence[str]) -> dict[str, Field]:
         fields = {}

@@ -7,10 +7,12 @@ alone; so the tokens are the same whether the text is read into memory or writte
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Self
 
+from common import disk
 from common.config import ConfigError, TextConfig, TokenizerKind
 from common.datasets import tokenizer as tokenizers
 from common.datasets.examples import Array, Batch
@@ -110,7 +112,7 @@ class Document(NamedTuple):
 
     def open(self) -> BinaryIO:
         """The text to read."""
-        return open(self.path, "rb") if self.content is None else io.BytesIO(self.content)
+        return disk.open_regular(Path(self.path)) if self.content is None else io.BytesIO(self.content)
 
 
 @dataclass(frozen=True)
@@ -139,16 +141,17 @@ class Text:
             on_read: called with the number of bytes of each block that is read.
 
         Raises:
-            ConfigError: there are none, or they are too short to hold out a tenth.
+            ConfigError: there are none, they cannot be read, or they are too short to hold out a tenth.
         """
         name = f"{key}={'null' if path is None else path}"
-        documents = [_language_reference()] if path is None else list(_files(Path(path), name))
-        size = sum(document.num_bytes for document in documents)
-        if size < HELD_OUT:
-            raise ConfigError(
-                [f"{name}: has {size} bytes of text, too few to hold out a tenth for the test; use more text"]
-            )
-        cut = _character_start(documents, size - size // HELD_OUT)
+        with _readable(name):
+            documents = [_language_reference()] if path is None else list(_files(Path(path), name))
+            size = sum(document.num_bytes for document in documents)
+            if size < HELD_OUT:
+                raise ConfigError(
+                    [f"{name}: has {size} bytes of text, too few to hold out a tenth for the test; use more text"]
+                )
+            cut = _character_start(documents, size - size // HELD_OUT)
         return cls(name, documents, {"train": cut, "test": size - cut}, on_read)
 
     def blocks(self, part: str) -> Iterator[str]:
@@ -168,7 +171,7 @@ class Text:
 
     def _document_blocks(self, document: Document, first: int, last: int) -> Iterator[str]:
         """The bytes first .. last - 1 of a document; a block gives the start of a character to the next one."""
-        with document.open() as file:
+        with _readable(self.name), document.open() as file:
             file.seek(first)
             begun = b""
             while (position := file.tell()) < last:
@@ -214,6 +217,16 @@ def load(cfg: TextConfig, context: int) -> Corpus:
         for part in PARTS
     )
     return Corpus(train, test, tokenizer).check(text.name)
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Raises a ConfigError for a file or folder that the system does not let one read."""
+    try:
+        yield
+    except OSError as error:
+        message = f"{name}: {error.filename} cannot be read ({error.strerror}); make it readable, or take it out"
+        raise ConfigError([message]) from error
 
 
 def _language_reference() -> Document:

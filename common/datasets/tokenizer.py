@@ -83,7 +83,7 @@ class CharTokenizer(Tokenizer):
     """
 
     def __init__(self, alphabet: str) -> None:
-        if list(alphabet) != sorted(set(alphabet)):
+        if not isinstance(alphabet, str) or list(alphabet) != sorted(set(alphabet)):
             raise ValueError("the alphabet is not sorted")
         super().__init__([character.encode() for character in (*alphabet, "\ufffd")])
         self._alphabet = alphabet
@@ -109,7 +109,8 @@ class BPETokenizer(Tokenizer):
     """A token is a run of bytes that is frequent in the training text; every byte is a token, too.
 
     Args:
-        model: the tokenizer as the tokenizers library describes it.
+        model: the tokenizer as the tokenizers library describes it. Only its vocabulary and merges are used: all else
+            is the same for each tokenizer that was trained here, and could be anything in one that was not.
 
     Raises:
         ValueError: the library does not understand the description, or it has no token for some byte.
@@ -117,8 +118,10 @@ class BPETokenizer(Tokenizer):
 
     def __init__(self, model: dict[str, Any]) -> None:
         library = _library()
+        description = json.loads(_untrained(library).to_str())
+        description["model"] |= {key: model["model"][key] for key in ("vocab", "merges")}
         try:
-            self._library_tokenizer = library.Tokenizer.from_str(json.dumps(model))
+            self._library_tokenizer = library.Tokenizer.from_str(json.dumps(description))
         except Exception as error:  # the library raises nothing more precise
             raise ValueError(str(error)) from error
         vocabulary = self._library_tokenizer.get_vocab()
@@ -198,16 +201,22 @@ def check_size(kind: TokenizerKind, vocabulary_size: int, key: str) -> None:
 
 def _train_bpe(texts: Iterable[str], vocabulary_size: int) -> BPETokenizer:
     library = _library()
-    tokenizer = library.Tokenizer(library.models.BPE())
-    # Words as in GPT-2: a space goes with the word after it.
-    words = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    short = library.pre_tokenizers.FixedLength(MAX_WORD_BYTES)
-    tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence([words, short])
+    tokenizer = _untrained(library)
     trainer = library.trainers.BpeTrainer(
         vocab_size=vocabulary_size, initial_alphabet=list(_byte_characters()), show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return BPETokenizer(json.loads(tokenizer.to_str()))
+
+
+def _untrained(library: Any) -> Any:
+    """A tokenizer of the library that has learned nothing."""
+    tokenizer = library.Tokenizer(library.models.BPE())
+    # Words as in GPT-2: a space goes with the word after it.
+    words = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    short = library.pre_tokenizers.FixedLength(MAX_WORD_BYTES)
+    tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence([words, short])
+    return tokenizer
 
 
 def from_json(description: dict[str, Any]) -> Tokenizer:
