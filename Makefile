@@ -1,5 +1,27 @@
-# `make help` lists the targets. Options of the setup: FRAMEWORKS=torch,tf|torch|tf  ACCELERATOR=cpu|cuda  WITH_MPI=0|1
+# What `make help` prints of the options; those of the setup that are left out keep their last values:
+#   FRAMEWORKS=torch,tf|torch|tf     what Horovod is built for
+#   ACCELERATOR=cpu|cuda             where tensors are
+#   WITH_MPI=0|1                     build MPI in
+#   TORCH_INDEX=pip|URL|FOLDER       where torch comes from: an index of packages, or a folder of wheels
+#   PYTHON=/path/to/python3.11       the Python of the setup
+#   NP=2                             ranks of make train
+#   RECIPE=mnist_mlp_torch           what make train trains
+#   ARGS="key=value ..."             and how
+SETUP_OPTIONS := FRAMEWORKS ACCELERATOR WITH_MPI TORCH_INDEX
+OPTIONS := $(SETUP_OPTIONS) PYTHON NP RECIPE ARGS
+# These go on to the compiler and to Horovod's build.
+BUILD_VARIABLES := CXX CXXFLAGS HOROVOD_CUDA_HOME HOROVOD_NCCL_HOME
+
+# make itself says nothing about a misspelt variable.
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
+UNKNOWN := $(filter-out $(OPTIONS) $(BUILD_VARIABLES),$(GIVEN))
+ifneq ($(UNKNOWN),)
+$(error $(foreach name,$(UNKNOWN),$(name)=$($(name)):) not an option; choose from $(OPTIONS), or $(BUILD_VARIABLES))
+endif
+
 PYTHON ?= python3.11
+NO_PYTHON = PYTHON=$(PYTHON): no Python that runs; the setup needs Python 3.11 with venv and headers (Debian, Ubuntu: \
+  python3.11 python3.11-venv python3.11-dev), found on the PATH or named: make setup PYTHON=/path/to/python3.11
 NP ?= 2
 RECIPE ?= mnist_mlp_torch
 ARGS ?=
@@ -7,11 +29,13 @@ IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 .PHONY: help setup train test lint bench clean
 
-help: ## list the targets
+help: ## list the targets and the options
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^#   /  /p' $(MAKEFILE_LIST)
 
-setup: ## make .venv and build Horovod into it (idempotent; options: FRAMEWORKS, ACCELERATOR, WITH_MPI)
-	@$(PYTHON) build/setup.py $(foreach option,FRAMEWORKS ACCELERATOR WITH_MPI,$(if $($(option)),$(option)=$($(option))))
+setup: ## make .venv and build Horovod into it; does nothing where that is done
+	$(if $(shell $(PYTHON) -c "print(1)" 2>/dev/null),,$(error $(NO_PYTHON)))
+	@$(PYTHON) build/setup.py $(foreach option,$(SETUP_OPTIONS),$(if $($(option)),'$(option)=$($(option))'))
 
 train: setup ## set up and train: make train NP=2 RECIPE=mnist_mlp_torch ARGS="train.epochs=5"
 	$(IN_VENV) horovodrun -np $(NP) python -m recipes.$(RECIPE) $(ARGS)

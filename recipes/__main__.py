@@ -1,4 +1,4 @@
-"""Lists the recipes and commands, and runs a command: python -m recipes [<command> key=value ...]."""
+"""Lists the recipes and commands, and runs a command: python -m recipes [list | <command> key=value ...]."""
 
 import ast
 import importlib
@@ -8,6 +8,7 @@ from pathlib import Path
 from common.config import ConfigError
 
 COMMANDS = Path(__file__).parent.parent / "common" / "commands"
+WORDS_FOR_LIST = ("list", "help", "-h", "--help")
 
 
 def print_list() -> None:
@@ -20,10 +21,10 @@ def print_list() -> None:
 
 def main() -> None:
     """Command line entry."""
-    if len(sys.argv) == 1:
+    name, *words = sys.argv[1:] or ["list"]
+    if name in WORDS_FOR_LIST:
         print_list()
         return
-    name, *words = sys.argv[1:]
     commands = [path.stem.replace("_", "-") for path in sorted(COMMANDS.glob("[!_]*.py"))]
     if name not in commands:
         print(

@@ -3,8 +3,14 @@
 import importlib.util
 import itertools
 import re
+import shutil
 import sys
+import zipfile
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 
 from tests.launch import ROOT, run
@@ -12,15 +18,26 @@ from tests.launch import ROOT, run
 import pytest
 
 
-@pytest.fixture(scope="module")
-def wheel() -> ModuleType:
-    """build/horovod/wheel.py as a module."""
-    spec = importlib.util.spec_from_file_location("wheel", ROOT / "build" / "horovod" / "wheel.py")
+def script(path: str) -> ModuleType:
+    """A script of build/ as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / "build" / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def wheel() -> ModuleType:
+    """build/horovod/wheel.py as a module."""
+    return script("horovod/wheel.py")
+
+
+@pytest.fixture(scope="module")
+def setup() -> ModuleType:
+    """build/setup.py as a module."""
+    return script("setup.py")
 
 
 @pytest.fixture
@@ -64,6 +81,88 @@ def test_whatever_decides_a_wheel_is_in_its_key(wheel: ModuleType, edit: Path, m
     assert all(a != b for a, b in itertools.combinations(keys, 2))
 
 
+def test_only_a_build_for_gpus_hears_of_cuda(wheel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOROVOD_GPU_OPERATIONS", "NCCL")
+    monkeypatch.setenv("HOROVOD_CUDA_HOME", "folder")
+    of_cuda = r"HOROVOD_(GPU|CUDA|NCCL)_"
+    for cuda, names in ((False, set()), (True, {"HOROVOD_GPU_OPERATIONS", "HOROVOD_CUDA_HOME"})):
+        environment = wheel.build_environment(wheel.build_variables(mpi=False, cuda=cuda))
+        assert {name for name in environment if re.match(of_cuda, name)} == names
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Path:
+    """A folder that is an index of packages with one wheel of torch, which is newer than any other 2.13.0."""
+    folder = tmp_path / "torch"
+    folder.mkdir()
+    name = "torch-2.13.0+here"
+    with zipfile.ZipFile(folder / f"{name}-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{name}.dist-info/METADATA", "Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0+here\n")
+        archive.writestr(f"{name}.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{name}.dist-info/RECORD", "")
+    return tmp_path
+
+
+@pytest.fixture
+def address(index: Path) -> Iterator[str]:
+    """Where this machine serves the index."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=index)) as server:
+        Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["URL", "FOLDER"])
+def test_torch_comes_from_the_index_that_is_named(
+    kind: str, index: Path, address: str, setup: ModuleType, tmp_path: Path
+) -> None:
+    value = address if kind == "URL" else str(index / "torch")
+    options = setup.read_options([f"TORCH_INDEX={value}"], {})
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", tmp_path / "taken", "torch==2.13.0"]
+    result = run([*pip, *setup.torch_source(options["TORCH_INDEX"])])
+    assert result.returncode == 0, result.stdout
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["torch-2.13.0+here-py3-none-any.whl"]
+
+
+def test_the_setup_counts_its_phases(setup: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = setup.Progress()
+    for phase in setup.PHASES:
+        progress.begin(phase)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [f"[{number}/7]" for number in range(1, 8)]
+    assert re.findall(r"([a-z]+) \d+", progress.summary()) == list(setup.PHASES)
+
+
+def make(*words: str, path: str | None = None) -> tuple[int, str]:
+    """Status and output of make, with another PATH if one is given."""
+    program = shutil.which("make")
+    result = run([program, *words], env={} if path is None else {"PATH": path})
+    return result.returncode, result.stdout
+
+
+@pytest.mark.parametrize("target", ["help", "setup"])
+def test_make_refuses_a_variable_that_it_does_not_know(target: str) -> None:
+    status, output = make("-n", target, "FRAMWORKS=torch", "NP=3")
+    assert status == 2
+    assert "FRAMWORKS=torch: not an option; choose from FRAMEWORKS ACCELERATOR WITH_MPI TORCH_INDEX PYTHON" in output
+    assert len(output.splitlines()) == 1
+
+
+def test_make_takes_the_variables_that_it_lists() -> None:
+    options = re.findall(r"^  ([A-Z_]+)=", make("help")[1], re.MULTILINE)
+    assert {"FRAMEWORKS", "TORCH_INDEX", "NP"} <= set(options)
+    status, output = make("help", *(f"{name}=a b" for name in (*options, "CXX")))
+    assert status == 0, output
+
+
+def test_make_says_that_it_found_no_python(tmp_path: Path) -> None:
+    status, output = make("setup", path=str(tmp_path))
+    assert status == 2
+    assert "PYTHON=python3.11: no Python that runs; " in output
+    assert "make setup PYTHON=/path/to/python3.11" in output
+    assert len(output.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "env", "message"),
     [
@@ -72,6 +171,7 @@ def test_whatever_decides_a_wheel_is_in_its_key(wheel: ModuleType, edit: Path, m
             {},
             "FRAMEWORKS=jax: not an option of the setup; choose from FRAMEWORKS=torch,tf|torch|tf",
         ),
+        (["TORCH_INDEX=ftp://x"], {}, "TORCH_INDEX=ftp://x: neither an http(s) URL nor a folder;"),
         (["FRAMEWORKS=tf"], {"CXX": "no-such-compiler"}, "lacks a C++ compiler (Debian, Ubuntu: g++"),
     ],
 )

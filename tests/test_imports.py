@@ -47,8 +47,17 @@ def test_a_missing_framework_is_named_with_its_extra() -> None:
     assert len(result.stdout.splitlines()) == 1
 
 
-def test_the_list_of_recipes_has_a_line_for_each() -> None:
-    lines = run([sys.executable, "-m", "recipes"]).stdout.splitlines()
+@pytest.mark.parametrize("module", ["recipes", "recipes.mnist_mlp_torch"])
+def test_another_python_is_told_to_activate_the_environment(module: str) -> None:
+    result = run([sys.executable, "-S", "-m", module])  # -S: without the packages of .venv
+    assert result.returncode == 2
+    assert "activate the environment first: source .venv/bin/activate (make setup makes it)" in result.stdout
+    assert len(result.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [[], ["list"], ["help"], ["--help"], ["-h"]])
+def test_the_list_of_recipes_has_a_line_for_each(words: list[str]) -> None:
+    lines = run([sys.executable, "-m", "recipes", *words]).stdout.splitlines()
     names = [line.split()[0] for line in lines]
     tasks = ("linear_regression", "mnist_cnn", "mnist_mlp", "transformer_lm")
     assert names[:8] == [f"{task}_{framework}" for task in tasks for framework in ("tf", "torch")]

@@ -1,4 +1,4 @@
-"""Builds Horovod 0.28.1 for the frameworks of this environment and prints the wheel's path.
+"""Builds Horovod 0.28.1 for the frameworks of this environment; prints a line for each phase, then the wheel's path.
 
 The sdist comes from PyPI and is checked against sdist.txt, the edits in edits/ are applied in the order of their
 names, and the wheel is kept in the user's cache below a key of everything that decides it.
@@ -40,14 +40,14 @@ def installed_frameworks() -> dict[str, str]:
 
 
 def build_variables(mpi: bool, cuda: bool) -> dict[str, str]:
-    """The environment variables that tell Horovod's build what to put in, and where CUDA and NCCL are."""
+    """All variables that tell Horovod's build what to put in, and for GPUs where CUDA and NCCL are."""
     wanted = {FRAMEWORKS[name] for name in installed_frameworks()} | {"GLOO"} | ({"MPI"} if mpi else set())
     known = ("PYTORCH", "TENSORFLOW", "MXNET", "GLOO", "MPI")
     variables = {f"HOROVOD_{'WITH' if part in wanted else 'WITHOUT'}_{part}": "1" for part in known}
-    if cuda:
-        variables["HOROVOD_GPU_OPERATIONS"] = "NCCL"
-    homes = ("HOROVOD_CUDA_", "HOROVOD_NCCL_")
-    return variables | {name: value for name, value in os.environ.items() if name.startswith(homes)}
+    if not cuda:
+        return variables | {"HOROVOD_WITHOUT_NVTX": "1"}  # it comes with CUDA
+    homes = {name: value for name, value in os.environ.items() if name.startswith(("HOROVOD_CUDA_", "HOROVOD_NCCL_"))}
+    return variables | {"HOROVOD_GPU_OPERATIONS": "NCCL"} | homes
 
 
 def cache_key(variables: dict[str, str], edits: Sequence[Path]) -> dict[str, object]:
@@ -102,16 +102,22 @@ def apply_edits(root: Path, edits: Sequence[Path]) -> None:
             raise BuildError(f"{edit.name} does not apply to {root.name}")
 
 
-def compile_wheel(source: Path, folder: Path, variables: dict[str, str]) -> Path:
-    """Builds the wheel of the source tree into the folder and returns its path; progress goes to stderr."""
+def build_environment(variables: dict[str, str]) -> dict[str, str]:
+    """The environment of the build: of Horovod's variables only these, as no others are in the wheel's key."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith("HOROVOD_")}
     tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     # LDFLAGS=-s: without symbols the wheel takes 2 MB instead of 35.
-    env = os.environ | variables | {"PATH": tools, "MAKEFLAGS": f"-j{os.cpu_count()}", "LDFLAGS": "-s"}
+    return others | variables | {"PATH": tools, "MAKEFLAGS": f"-j{os.cpu_count()}", "LDFLAGS": "-s"}
+
+
+def compile_wheel(source: Path, folder: Path, variables: dict[str, str]) -> Path:
+    """Builds the wheel of the source tree into the folder and returns its path; the percentages go to stderr."""
     # fmt: off
     command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-build-isolation", "--no-deps",
                "--wheel-dir", str(folder), str(source)]
     # fmt: on
     output = []
+    env = build_environment(variables)
     with subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as build:
         shown = -1
         for line in build.stdout or ():
@@ -148,10 +154,12 @@ def wheel_path(mpi: bool, cuda: bool) -> Path:
     kept = caches / hashlib.sha256(key.encode()).hexdigest()[:16]
     if not kept.exists():
         caches.mkdir(parents=True, exist_ok=True)
-        print("Building Horovod for these frameworks, once: about 4 minutes on 2 cores", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as folder:
+            print("fetch", flush=True)
             source = fetch_sdist(Path(folder))  # a fresh tree for each build, as CMake writes into it
+            print("edits", flush=True)
             apply_edits(source, edits)
+            print("compile", flush=True)
             keep(compile_wheel(source, Path(folder), variables), key, kept)
     (wheel,) = kept.glob("*.whl")
     return wheel
