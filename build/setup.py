@@ -35,7 +35,7 @@ CHOICES = {
 }
 PHASES = {
     "environment": "make .venv",
-    "packages": "download and install the packages (1 GB; 3 GB where torch is a CUDA build, see TORCH_INDEX)",
+    "packages": "download and install the packages (0.6 GB; 3 GB with a CUDA build of torch, see TORCH_INDEX)",
     "fetch": "fetch Horovod's source",
     "edits": "apply the edits of build/horovod/edits",
     "compile": "compile Horovod, the longest part",
