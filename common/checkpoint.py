@@ -130,6 +130,8 @@ def read(folder: Path) -> Checkpoint:
         contents = {name: disk.read_bytes(folder / name) for name in (WEIGHTS, OPTIMIZER, GRADIENTS)}
         _check_hashes(state, contents)
         weights, moments, gradients = (load(content) for content in contents.values())
+        if any(array.dtype.kind != "f" for array in weights.values()):
+            raise ValueError(f"{WEIGHTS} has numbers that are no floating-point ones")
         return Checkpoint(folder, weights, moments, gradients, state)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else disk.brief(error)

@@ -125,7 +125,7 @@ def test_a_file_that_no_run_has_written_is_damaged(tmp_path: Path, content: str)
     path.parent.mkdir()
     path.write_text(f"{content}\n", errors="surrogateescape")
     with pytest.raises(
-        ConfigError, match="rank-0000.jsonl: is damaged: .*; train again with data.ledger=true"
+        ConfigError, match=r"rank-0000\.jsonl: is damaged: .*; train again with data.ledger=true"
     ) as error:
         lines(tmp_path)
     assert "\n" not in str(error.value)

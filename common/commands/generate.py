@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from common import checkpoint, sampling
+from common import checkpoint, disk, sampling
 from common.checkpoint import Checkpoint
 from common.commands import parse
 from common.config import ConfigError, LMConfig
 from common.datasets import tokenizer
+from common.datasets.tokenizer import Tokenizer
 
 import numpy as np
 from omegaconf import MISSING
@@ -46,14 +47,17 @@ def main(words: Sequence[str]) -> None:
     found = checkpoint.find(Path(arguments.run_dir))
     if found.state["task"] != "transformer_lm":
         raise ConfigError([f"run.dir={arguments.run_dir}: is of {found.state['task']}; only transformer_lm generates"])
-    tokens = tokenizer.from_json(found.state["tokenizer"])
+    tokens = _tokenizer(found)
     ids = tokens.encode(arguments.prompt)
     decoder = _decoder(found, arguments.framework, tokens.vocabulary_size)
     random = np.random.default_rng(arguments.seed)
     stream = tokenizer.Stream(tokens)
     sys.stdout.write(arguments.prompt)
     for _ in range(arguments.num_tokens):
-        choice = sampling.choose(decoder.feed(ids), arguments.temperature, arguments.top_k, random)
+        logits = decoder.feed(ids)
+        if not np.isfinite(logits).all():
+            raise ConfigError([f"{found.folder}: its weights give no finite numbers; use another checkpoint"])
+        choice = sampling.choose(logits, arguments.temperature, arguments.top_k, random)
         sys.stdout.write(stream.add(choice))
         sys.stdout.flush()
         ids = np.array([choice])
@@ -75,13 +79,34 @@ def _check(arguments: Arguments) -> None:
         raise ConfigError(problems)
 
 
+def _tokenizer(found: Checkpoint) -> Tokenizer:
+    try:
+        return tokenizer.from_json(found.state.get("tokenizer"))
+    except ValueError as error:
+        raise ConfigError([f"{found.folder}: is no sound checkpoint: {disk.brief(error)}"]) from error
+
+
+def _sizes(found: Checkpoint, vocabulary_size: int) -> LMConfig:
+    """The model's sizes, which must be those of the largest weights, so that no more memory is taken than they take."""
+    sizes, kinds = found.state["config"].get("model"), get_type_hints(LMConfig)
+    if isinstance(sizes, dict) and {name: type(size) for name, size in sizes.items()} == kinds:
+        cfg = LMConfig(**sizes)
+        if 1 <= cfg.num_layers <= len(found.weights) and 1 <= cfg.num_heads <= cfg.width and 0 <= cfg.dropout < 1:
+            shapes = {"0.token.weight": (vocabulary_size, cfg.width), "0.position.weight": (cfg.context, cfg.width)}
+            shapes |= {f"{layer + 1}.mlp.hidden.weight": (4 * cfg.width, cfg.width) for layer in range(cfg.num_layers)}
+            found_shapes = {name: array.shape for name, array in found.weights.items()}
+            if shapes.items() <= found_shapes.items() and cfg.width % cfg.num_heads == 0:
+                return cfg
+    raise ConfigError([f"{found.folder}: is no sound checkpoint: its model's sizes are not those of its weights"])
+
+
 def _decoder(found: Checkpoint, framework: str | None, vocabulary_size: int) -> Any:
     """The model of the checkpoint, in the framework that is asked for, that trained it, or that is there."""
     candidates = [framework] if framework else [found.state["framework"], *MODULES]
     chosen = next(name for name in candidates if _is_installed(name))
     recipe = importlib.import_module(f"recipes.transformer_lm_{chosen}")
     transformer = importlib.import_module(f"common.{chosen}.transformer")
-    cfg = LMConfig(**found.state["config"]["model"])
+    cfg = _sizes(found, vocabulary_size)
     return transformer.restored_decoder(recipe.build_layers(cfg, vocabulary_size), cfg, found.weights)
 
 

@@ -219,7 +219,7 @@ def _untrained(library: Any) -> Any:
     return tokenizer
 
 
-def from_json(description: dict[str, Any]) -> Tokenizer:
+def from_json(description: Any) -> Tokenizer:
     """The tokenizer that to_json described.
 
     Raises:
