@@ -6,7 +6,8 @@
 
 Each side trains in turn in one job of 2 ranks, once per seed; the table has the mean over the seeds of the last test
 result, and how far it is from that of uncompressed gradients. `-plain` is without error feedback. The bytes are of a
-compressed step. benchmarks/results/compression_quality.json keeps what was measured.
+compressed step. benchmarks/results/compression_quality.json keeps what was measured, unless --results names another
+file.
 """
 
 import argparse
@@ -16,12 +17,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
+from benchmarks import kept
 from common.composition import compose
 
-RESULTS = Path(__file__).parent / "results" / "compression_quality.json"
 SEEDS = 3
 NUM_RANKS = 2
 TASKS = {"mnist_cnn": "test_accuracy", "transformer_lm": "test_perplexity"}
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--sides", type=lambda text: text.split(","), default=list(SIDES))
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE")
+    kept.add_option(parser, "compression_quality")
     parser.add_argument("--on-rank", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     for given, known in ((arguments.tasks, TASKS), (arguments.sides, SIDES)):
@@ -89,7 +90,7 @@ def main() -> None:
     if job.returncode:
         sys.exit("".join(output))
     measured = [json.loads(line.partition("measured ")[2]) for line in output if "measured " in line]
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = kept.load(arguments.results)
     for task in arguments.tasks:
         for side in arguments.sides:
             rows = [row for of_task, of_side, row in measured if (of_task, of_side) == (task, side)]
@@ -97,7 +98,7 @@ def main() -> None:
                 "results": [row["result"] for row in rows],
                 "wire_bytes": rows[0]["wire_bytes"],
             }
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    kept.keep(arguments.results, results)
     print(table(results[arguments.framework]))
 
 

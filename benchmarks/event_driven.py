@@ -1,11 +1,13 @@
 """Horovod's fixed cycle against the event-driven loop: latency of collectives, and the step of a recipe.
 
-    python benchmarks/event_driven.py [ROUNDS]
+    python -m benchmarks.event_driven                                 # all modes
+    python -m benchmarks.event_driven --rounds 1 --modes "fixed 1 ms,event-driven 20 ms"
 
 Each round runs every mode once, so that a noisy minute meets all of them; the table shows medians over the rounds
-and is kept in benchmarks/results/event_driven.json.
+and is kept in benchmarks/results/event_driven.json, unless --results names another file.
 """
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -18,7 +20,8 @@ from os import environ
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "event_driven.json"
+from benchmarks import kept
+
 # Name -> (HOROVOD_EVENT_DRIVEN, HOROVOD_CYCLE_TIME in milliseconds).
 MODES = {
     "fixed 1 ms": ("0", "1"),
@@ -29,10 +32,12 @@ MODES = {
     "event-driven 20 ms": ("1", "20"),
 }
 NUM_FLOATS = (1, 1_000, 100_000, 1_000_000, 4_000_000)
+ROUNDS = 5
 REPEATS = 40
+EPOCHS = 10
 
 
-def measure_latency() -> None:
+def measure_latency(repeats: int) -> None:
     """Runs on each rank; rank 0 prints milliseconds, medians, by collective and number of floats."""
     import horovod.torch as hvd
     import torch
@@ -42,11 +47,11 @@ def measure_latency() -> None:
 
     def median(collective: Callable[[], Any]) -> float:
         seconds = []
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             start = time.perf_counter()
             collective()
             seconds.append(time.perf_counter() - start)
-        return 1e3 * statistics.median(seconds[REPEATS // 4 :])
+        return 1e3 * statistics.median(seconds[repeats // 4 :])
 
     row = {}
     for size in NUM_FLOATS:
@@ -65,45 +70,68 @@ def launch(mode: str, num_ranks: int, *arguments: str) -> str:
     return subprocess.run(command, env=environ | variables, check=True, capture_output=True, text=True).stdout
 
 
-def latency(mode: str, num_ranks: int) -> dict[str, float]:
+def latency(mode: str, num_ranks: int, arguments: argparse.Namespace) -> dict[str, float]:
     """Milliseconds by collective and number of floats."""
-    output = launch(mode, num_ranks, __file__, "--on-rank")
+    work = ["--on-rank", "--repeats", str(arguments.repeats)]
+    output = launch(mode, num_ranks, "-m", "benchmarks.event_driven", *work)
     row: dict[str, float] = json.loads(output.partition("row ")[2].splitlines()[0])
     return row
 
 
-def step(mode: str, num_ranks: int) -> dict[str, float]:
+def step(mode: str, num_ranks: int, arguments: argparse.Namespace) -> dict[str, float]:
     """Milliseconds of one optimizer step of mnist_mlp, by framework."""
     row = {}
     for framework in ("torch", "tf"):
         with tempfile.TemporaryDirectory() as folder:
-            recipe = f"recipes.mnist_mlp_{framework}"
-            launch(mode, num_ranks, "-m", recipe, f"run.dir={folder}/run", "train.epochs=10", "train.log_every=1000")
+            overrides = [f"run.dir={folder}/run", f"train.epochs={arguments.epochs}", "train.log_every=1000"]
+            launch(mode, num_ranks, "-m", f"recipes.mnist_mlp_{framework}", *overrides)
             summary = json.loads(Path(folder, "run", "summary.json").read_text())
         row[f"mnist_mlp_{framework}"] = 1e3 * summary["step_seconds_median"]
     return row
 
 
+def some_modes(text: str) -> list[str]:
+    """Modes of the command line."""
+    modes = text.split(",")
+    if unknown := set(modes).difference(MODES):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: not among {', '.join(MODES)}")
+    return modes
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Milliseconds, medians over the rounds, by what was measured and mode."""
+    values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for _ in range(arguments.rounds):
+        for num_ranks, side in ((2, latency), (4, latency), (2, step)):
+            for mode in arguments.modes:
+                print(f"{num_ranks} ranks, {side.__name__}, {mode}", file=sys.stderr, flush=True)
+                for name, milliseconds in side(mode, num_ranks, arguments).items():
+                    values[f"{num_ranks} ranks, {name}"][mode].append(milliseconds)
+    return {name: {mode: statistics.median(row[mode]) for mode in arguments.modes} for name, row in values.items()}
+
+
 def main() -> None:
     """Command line entry."""
-    if "--on-rank" in sys.argv:
-        measure_latency()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--modes", type=some_modes, default=list(MODES), help=f"some of {','.join(MODES)}")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="of each collective in a launch")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of the recipe in a launch")
+    kept.add_option(parser, "event_driven")
+    parser.add_argument("--on-rank", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.on_rank:
+        measure_latency(arguments.repeats)
         return
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for _ in range(rounds):
-        for num_ranks, measure in ((2, latency), (4, latency), (2, step)):
-            for mode in MODES:
-                print(f"{num_ranks} ranks, {measure.__name__}, {mode}", file=sys.stderr, flush=True)
-                for name, milliseconds in measure(mode, num_ranks).items():
-                    values[f"{num_ranks} ranks, {name}"][mode].append(milliseconds)
-    table = {name: {mode: statistics.median(row[mode]) for mode in MODES} for name, row in values.items()}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"milliseconds": table, "rounds": rounds}, indent=2) + "\n")
-    print("|", " | ".join(["ms, medians", *MODES]), "|")
-    print("|", " | ".join(["---"] * (len(MODES) + 1)), "|")
+    table = measure(arguments)
+    results = kept.load(arguments.results)
     for name, row in table.items():
-        print("|", " | ".join([name, *(f"{row[mode]:.2f}" for mode in MODES)]), "|")
+        results.setdefault("milliseconds", {}).setdefault(name, {}).update(row)
+    kept.keep(arguments.results, results | {"rounds": arguments.rounds})
+    print("|", " | ".join(["ms, medians", *arguments.modes]), "|")
+    print("|", " | ".join(["---"] * (len(arguments.modes) + 1)), "|")
+    for name, row in table.items():
+        print("|", " | ".join([name, *(f"{row[mode]:.2f}" for mode in arguments.modes)]), "|")
 
 
 if __name__ == "__main__":

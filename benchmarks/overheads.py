@@ -4,13 +4,14 @@
 
 Waiting, logging and checkpoints are shares of the step's time in one run of the recipe's defaults, with a checkpoint
 every 100 steps. Starting is the time from the command to the end of the first step, in parts; medians of 5 launches.
-benchmarks/results/overheads.json keeps what was measured.
+benchmarks/results/overheads.json keeps what was measured, unless --results names another file.
 """
 
 import time
 
 STARTED = time.time()  # before anything is imported
 
+import argparse  # noqa: E402
 import importlib  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
@@ -21,10 +22,10 @@ import sys  # noqa: E402
 import tempfile  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from functools import wraps  # noqa: E402
-from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results" / "overheads.json"
+from benchmarks import kept  # noqa: E402
+
 RECIPES = ("mnist_mlp_torch", "transformer_lm_torch")  # unless others are named
 LAUNCHES = 5
 STEPS = 400
@@ -81,9 +82,10 @@ def on_rank(recipe: str, folder: str, steps: int) -> None:
 def launch(recipe: str, steps: int) -> dict[str, Any]:
     """Starts 2 ranks and returns what rank 0 noted."""
     with tempfile.TemporaryDirectory() as folder:
-        command = ["horovodrun", "--gloo", "-np", "2", sys.executable, "-m", "benchmarks.overheads", "--on-rank"]
+        command = ["horovodrun", "--gloo", "-np", "2", sys.executable, "-m", "benchmarks.overheads", recipe]
+        command += ["--on-rank", folder, "--steps", str(steps)]
         environment = os.environ | {COMMAND_AT: str(time.time())}
-        job = subprocess.run([*command, recipe, folder, str(steps)], env=environment, capture_output=True, text=True)
+        job = subprocess.run(command, env=environment, capture_output=True, text=True)
     if "noted " not in job.stdout:
         sys.exit(job.stdout + job.stderr)
     noted: dict[str, Any] = json.loads(job.stdout.partition("noted ")[2].splitlines()[0])
@@ -92,23 +94,29 @@ def launch(recipe: str, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     """Command line entry."""
-    if "--on-rank" in sys.argv:
-        recipe, folder, steps = sys.argv[2:]
-        on_rank(recipe, folder, int(steps))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("recipes", nargs="*", default=RECIPES, metavar="RECIPE", help="such as mnist_mlp_tf")
+    parser.add_argument("--launches", type=int, default=LAUNCHES, help="that starting is measured in")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the run that gives the shares")
+    kept.add_option(parser, "overheads")
+    parser.add_argument("--on-rank", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.on_rank:
+        on_rank(arguments.recipes[0], arguments.on_rank, arguments.steps)
         return
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = kept.load(arguments.results)
     print("| recipe | waiting for data | logging | checkpoints | launcher, s | imports | joining | first step | all |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for recipe in sys.argv[1:] or RECIPES:
-        ends = [launch(recipe, 2)["ends"] for _ in range(LAUNCHES)]
+    for recipe in arguments.recipes:
+        ends = [launch(recipe, 2)["ends"] for _ in range(arguments.launches)]
         parts = [[b - a for a, b in itertools.pairwise(of_launch)] for of_launch in ends]
         seconds = [statistics.median(part) for part in zip(*parts, strict=True)]
-        shares = launch(recipe, STEPS)["shares"]
+        shares = launch(recipe, arguments.steps)["shares"]
         results[recipe] = {"shares": shares, "seconds": seconds}
         percent = " | ".join(f"{100 * share:.2f} %" for share in shares.values())
         columns = " | ".join(f"{part:.1f}" for part in (*seconds, sum(seconds)))
         print(f"| {recipe} | {percent} | {columns} |", flush=True)
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+        kept.keep(arguments.results, results)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
 The sides of a comparison take turns, a block of steps each: in one job where ranks and environment are alike, else job
 by job. A block's figure is the median of its steps; a pair's is the ratio of two blocks that follow each other; the
 table has the median of the pairs' ratios, with the smallest and the largest. benchmarks/results/side_by_side.json keeps
-what was measured, docs/performance.md discusses it.
+what was measured, unless --results names another file; docs/performance.md discusses it.
 """
 
 import argparse
@@ -21,13 +21,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks import kept
 from common.composition import compose
 
-RESULTS = Path(__file__).parent / "results" / "side_by_side.json"
 PAIRS = 5
 TEXT_CHARACTERS = 60_000  # of the default corpus, so that the evaluation at the end of a block is short
 STOCK = {"HOROVOD_EVENT_DRIVEN": "0"}
@@ -117,11 +117,12 @@ def block(case: Case, framework: str, trainer: str, num_ranks: int, folder: Path
     return seconds
 
 
-def job(name: str, sides: tuple[Side, ...], num_blocks: int, folder: str) -> list[list[float]]:
+def job(name: str, sides: tuple[Side, ...], num_blocks: int, steps: int, folder: str) -> list[list[float]]:
     """Launches ranks that take turns with the sides; seconds of each side's blocks."""
     trainers = ",".join(side.trainer for side in sides)
     launch = ["horovodrun", "--gloo", "-np", str(sides[0].num_ranks), sys.executable, "-m", "benchmarks.side_by_side"]
     command = [*launch, name, "--on-rank", folder, "--trainers", trainers, "--pairs", str(num_blocks)]
+    command += ["--steps", str(steps)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     output = subprocess.run(command, env=os.environ | sides[0].environment, text=True, **pipes).stdout  # type: ignore[call-overload]
     if "blocks " not in output:
@@ -130,15 +131,16 @@ def job(name: str, sides: tuple[Side, ...], num_blocks: int, folder: str) -> lis
     return blocks
 
 
-def on_rank(name: str, folder: Path, trainers: list[str], num_blocks: int) -> None:
+def on_rank(name: str, folder: Path, trainers: list[str], num_blocks: int, steps: int) -> None:
     """Runs on each rank; rank 0 prints the seconds of each side's blocks."""
-    case, framework, _ = name.split(".")
+    of_case, framework, _ = name.split(".")
+    case = replace(CASES[of_case], steps=steps)
     runtime: Any = importlib.import_module(f"common.{framework}.runtime")
     topology = runtime.init()
     blocks: list[list[float]] = [[] for _ in trainers]
     for number in range(num_blocks):
         for place in in_turn(len(trainers), number):
-            seconds = block(CASES[case], framework, trainers[place], topology.world_size, folder)
+            seconds = block(case, framework, trainers[place], topology.world_size, folder)
             blocks[place].append(seconds)
     if topology.rank == 0:
         print("blocks", json.dumps(blocks), flush=True)
@@ -149,19 +151,19 @@ def in_turn(num_sides: int, number: int) -> Iterator[int]:
     return iter(range(num_sides) if number % 2 else reversed(range(num_sides)))
 
 
-def measure(name: str, num_pairs: int) -> dict[str, Any]:
+def measure(name: str, num_pairs: int, steps: int | None) -> dict[str, Any]:
     """Milliseconds of a step of both sides, and the ratio of ours to the other: median, smallest, largest."""
-    _, framework, peer = name.split(".")
-    sides = PEERS[framework][peer]
+    case, framework, peer = name.split(".")
+    sides, steps = PEERS[framework][peer], steps or CASES[case].steps
     with tempfile.TemporaryDirectory() as folder:
         write_text(Path(folder))
         if len({(side.num_ranks, *side.environment) for side in sides}) == 1:
-            blocks = job(name, sides, num_pairs, folder)
+            blocks = job(name, sides, num_pairs, steps, folder)
         else:
             blocks = [[] for _ in sides]
             for number in range(num_pairs):
                 for place in in_turn(len(sides), number):
-                    blocks[place] += job(name, (sides[place],), 1, folder)[0]
+                    blocks[place] += job(name, (sides[place],), 1, steps, folder)[0]
     # Per example, as one side may have more ranks and with them a larger global batch.
     per_example = [[seconds / side.num_ranks for seconds in mine] for side, mine in zip(sides, blocks, strict=True)]
     ratios = [ours / other for ours, other in zip(*per_example, strict=True)]
@@ -179,25 +181,27 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="COMPARISON", choices=[*NAMES, []])
     parser.add_argument("--list", action="store_true", help="print the names of the comparisons")
     parser.add_argument("--pairs", type=int, default=PAIRS)
+    parser.add_argument("--steps", type=int, help="of a block, instead of those of the case")
+    kept.add_option(parser, "side_by_side")
     parser.add_argument("--on-rank", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--trainers", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.on_rank:
-        on_rank(arguments.names[0], arguments.on_rank, arguments.trainers.split(","), arguments.pairs)
+        trainers = arguments.trainers.split(",")
+        on_rank(arguments.names[0], arguments.on_rank, trainers, arguments.pairs, arguments.steps)
         return
     if arguments.list:
         print("\n".join(NAMES))
         return
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = kept.load(arguments.results)
     print("| comparison | ours, ms | peer, ms | ours : peer, per example | smallest to largest |")
     print("| --- | --- | --- | --- | --- |")
     for name in arguments.names or [name for name in NAMES if not name.endswith(".one_rank")]:
-        row = results[name] = measure(name, arguments.pairs)
+        row = results[name] = measure(name, arguments.pairs, arguments.steps)
         ours, other = row["milliseconds"]
         spread = f"{row['smallest']:.2f} to {row['largest']:.2f}"
         print(f"| {name} | {ours:.1f} | {other:.1f} | {row['ratio']:.2f} | {spread} |", flush=True)
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+        kept.keep(arguments.results, results)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ The sides of a comparison take turns in one job, a block of steps each. A block'
 side's the median of its blocks; a round's ratio is that of two blocks of the same round. The bytes of a step are those
 that left host a, headers and answers to what it received included: 7 % more than the gradients at 100 Mbit/s, where
 packets are cut as on a wire, and less at 1 Gbit/s, where they stay larger. benchmarks/results/slow_link.json keeps what
-was measured.
+was measured, unless --results names another file.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from unittest import mock
 
+from benchmarks import kept
 from benchmarks.side_by_side import Case, block, in_turn, write_text
 from common.host import num_cores
 
@@ -45,12 +46,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results" / "slow_link.json"
 ROUNDS = 3
-CASES = {
-    "mnist_mlp": Case("mnist_mlp", 15, 32),
-    "transformer_lm": Case("transformer_lm", 15, 6),
-}
+STEPS = 15
+CASES = {"mnist_mlp": Case("mnist_mlp", STEPS, 32), "transformer_lm": Case("transformer_lm", STEPS, 6)}
 
 BASELINE = "ddp"
 PEERS = (BASELINE, "ddp_fp16", "ddp_powersgd")
@@ -58,7 +56,6 @@ METHODS = ("fp16", "bf16", "int8", "qsgd", "terngrad", "sign", "topk", "randomk"
 # Side of ours -> overrides of the recipe's configuration.
 OURS: dict[str, tuple[str, ...]] = {"none": (), **{method: (f"compression={method}",) for method in METHODS}}
 OURS["dgc"] += ("compression.warmup_steps=0",)  # a block has fewer steps than its warm-up
-# Case, side -> overrides that the side needs in this case only.
 SIDES = [*PEERS, *OURS]
 
 PREFIX = "horovod-slow-link-"  # of the names of all that is made here
@@ -266,15 +263,13 @@ def counted(batches: Callable[P, Iterator[T]], counts: list[int]) -> Callable[P,
     return count
 
 
-def one_block(name: str, side: str, folder: Path) -> tuple[float, float]:
+def one_block(name: str, side: str, steps: int, folder: Path) -> tuple[float, float]:
     """Runs on each rank: a block of a side; seconds and bytes of a step."""
     from benchmarks.peers import torch_peers
     from common.run import Run
 
-    case, trainer = CASES[name], side
-    if side in OURS:
-        overrides = (*case.overrides, *OURS[side])
-        case, trainer = dataclasses.replace(case, overrides=overrides), "ours"
+    case = dataclasses.replace(CASES[name], steps=steps, overrides=OURS.get(side, ()))
+    trainer = "ours" if side in OURS else side
     counts: list[int] = []
     with (
         mock.patch.object(Run, "steps", counted(Run.steps, counts)),
@@ -284,7 +279,7 @@ def one_block(name: str, side: str, folder: Path) -> tuple[float, float]:
     return seconds, statistics.median(after - before for before, after in itertools.pairwise(counts))
 
 
-def on_rank(name: str, sides: list[str], num_rounds: int, folder: Path) -> None:
+def on_rank(name: str, sides: list[str], num_rounds: int, steps: int, folder: Path) -> None:
     """Runs on each rank; rank 0, on host a, prints seconds and bytes of a step in each side's blocks."""
     from common.torch import runtime
 
@@ -292,21 +287,22 @@ def on_rank(name: str, sides: list[str], num_rounds: int, folder: Path) -> None:
     blocks: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
     for number in range(num_rounds):
         for place in in_turn(len(sides), number):
-            blocks[sides[place]].append(one_block(name, sides[place], folder))
+            blocks[sides[place]].append(one_block(name, sides[place], steps, folder))
     if topology.rank == 0:
         print("blocks", json.dumps(blocks), flush=True)
 
 
-def measure(name: str, sides: list[str], num_rounds: int, folder: Path) -> dict[str, dict[str, float]]:
+def measure(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
     """What was measured of each side of a case."""
     write_text(folder)
-    work = ["--on-rank", str(folder), name, "--sides", ",".join(sides), "--rounds", str(num_rounds)]
-    command = [sys.executable, "-m", "benchmarks.slow_link", *work]
+    work = ["--on-rank", str(folder), name, "--sides", ",".join(arguments.sides)]
+    length = ["--rounds", str(arguments.rounds), "--steps", str(arguments.steps)]
+    command = [sys.executable, "-m", "benchmarks.slow_link", *work, *length]
     output = launch(folder, command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
     if "blocks " not in output:
         sys.exit(output)
     blocks = json.loads(output.partition("blocks ")[2].splitlines()[0])
-    return {side: row(blocks[side], blocks[BASELINE]) for side in sides}
+    return {side: row(blocks[side], blocks[BASELINE]) for side in arguments.sides}
 
 
 def row(blocks: list[tuple[float, float]], baseline: list[tuple[float, float]]) -> dict[str, float]:
@@ -321,17 +317,16 @@ def row(blocks: list[tuple[float, float]], baseline: list[tuple[float, float]]) 
     }
 
 
-def compare(rate: str, names: list[str], sides: list[str], num_rounds: int) -> None:
+def compare(arguments: argparse.Namespace) -> None:
     """Measures the cases, prints the table and adds it to the results."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    rate, results = arguments.rate, kept.load(arguments.results)
     print(f"| {rate} | side | ms of a step | side : {BASELINE} | smallest to largest | bytes of a step |")
     print("| --- | --- | --- | --- | --- | --- |", flush=True)
     with two_hosts(rate) as folder:
-        for name in names:
-            rows = measure(name, sides, num_rounds, folder)
+        for name in arguments.names or list(CASES):
+            rows = measure(name, arguments, folder)
             results.setdefault(rate, {}).setdefault(name, {}).update(rows)
-            RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+            kept.keep(arguments.results, results)
             for side, figures in rows.items():
                 spread = f"{figures['smallest']:.2f} to {figures['largest']:.2f}"
                 times = f"{figures['milliseconds']:.1f} | {figures['ratio']:.2f} | {spread}"
@@ -363,16 +358,18 @@ def main() -> None:
     parser.add_argument("--rate", type=a_rate, default="100mbit", help="of the link: 100mbit, 1gbit, ...")
     parser.add_argument("--sides", type=some_sides, default=SIDES, help=f"of {','.join(SIDES)}; {BASELINE} always")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of a block")
+    kept.add_option(parser, "slow_link")
     parser.add_argument("--on-rank", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(options)
     if arguments.on_rank:
-        on_rank(arguments.names[0], arguments.sides, arguments.rounds, arguments.on_rank)
+        on_rank(arguments.names[0], arguments.sides, arguments.rounds, arguments.steps, arguments.on_rank)
         return
     if problem := missing():
         print(f"slow_link: {problem}", file=sys.stderr)
         sys.exit(2)
     if not command:
-        compare(arguments.rate, arguments.names or list(CASES), arguments.sides, arguments.rounds)
+        compare(arguments)
         return
     with two_hosts(arguments.rate) as folder:
         status = launch(folder, command).returncode

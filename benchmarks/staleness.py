@@ -24,16 +24,18 @@ from common.host import launched_topology
 
 NUM_RANKS = 4
 SLOWER = 5
-TRAINING = ["parallel=parameter_server", "train.epochs=10", "train.log_every=1"]
+EPOCHS = 10
+TRAINING = ["parallel=parameter_server", "train.log_every=1"]
 
 
-def on_rank(framework: str, max_staleness: int, folder: Path) -> None:
+def on_rank(framework: str, max_staleness: int, epochs: int, folder: Path) -> None:
     """Runs on each rank; each run's figures are printed by rank 0."""
     runtime: Any = importlib.import_module(f"common.{framework}.runtime")
     recipe: Any = importlib.import_module(f"recipes.mnist_mlp_{framework}")
     asynchronous = ["parallel.mode=async", f"parallel.max_staleness={max_staleness}"]
     place, rule = launched_topology(), recipe.learning_rate
-    cfg = compose("mnist_mlp", TRAINING)
+    training = [*TRAINING, f"train.epochs={epochs}"]
+    cfg = compose("mnist_mlp", training)
     runtime.init(place.arranged(cfg).process_sets(cfg))
     seconds = 0.0
     runs: list[tuple[str, list[str], bool]] = [
@@ -50,7 +52,7 @@ def on_rank(framework: str, max_staleness: int, folder: Path) -> None:
             return rule(*arguments)
 
         recipe.learning_rate = slowed
-        summary = recipe.train(compose("mnist_mlp", [*TRAINING, *overrides, f"run.dir={folder / str(number)}"]))
+        summary = recipe.train(compose("mnist_mlp", [*training, *overrides, f"run.dir={folder / str(number)}"]))
         of_ranks = runtime.gather_json(summary["step_seconds_median"])
         others = sorted(of_ranks[1:-1])[0]
         seconds = seconds or others
@@ -65,10 +67,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--framework", default="torch", choices=["torch", "tf"])
     parser.add_argument("--max-staleness", type=int, default=1000)
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of each training")
     parser.add_argument("--on-rank", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.on_rank:
-        on_rank(arguments.framework, arguments.max_staleness, arguments.on_rank)
+        on_rank(arguments.framework, arguments.max_staleness, arguments.epochs, arguments.on_rank)
         return
     with tempfile.TemporaryDirectory() as folder:
         launch = ["horovodrun", "--gloo", "-np", str(NUM_RANKS), sys.executable, "-m", "benchmarks.staleness"]

@@ -210,7 +210,6 @@ def fill(options: dict[str, str], progress: Progress) -> None:
     frameworks = options["FRAMEWORKS"].split(",")
     of_frameworks = [f"{name}-cuda" if cuda and name == "tf" else name for name in frameworks]
     progress.begin("packages")
-    progress.begin("packages")
     install_packages(["build", "dev", *of_frameworks, *["mpi"] * mpi], options["TORCH_INDEX"])
     wheel = build_wheel(progress, *["--mpi"] * mpi, *["--cuda"] * cuda)
     progress.begin("install")

@@ -124,10 +124,16 @@ def test_torch_comes_from_the_index_that_is_named(
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["torch-2.13.0+here-py3-none-any.whl"]
 
 
-def test_the_setup_counts_its_phases(setup: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_setup_says_which_phase_it_is_in(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = tmp_path / "python"  # that of .venv, here one that does nothing but speak as the build of Horovod does
+    python.write_text("#!/bin/sh\nprintf 'fetch\\nedits\\ncompile\\na.whl\\n'\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(setup, "PYTHON", python)
     progress = setup.Progress()
-    for phase in setup.PHASES:
-        progress.begin(phase)
+    progress.begin("environment")
+    setup.fill(setup.read_options([], {}), progress)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [f"[{number}/7]" for number in range(1, 8)]
     assert re.findall(r"([a-z]+) \d+", progress.summary()) == list(setup.PHASES)

@@ -123,7 +123,10 @@ def stock(name: str, cfg: RunConfig) -> list[float]:
     topology = runtime.init()
     torch.manual_seed(cfg.seed)
     model, examples = task(name, cfg)
-    optimizer = hvd.DistributedOptimizer(optimizers.build(cfg.optimizer, model), model.named_parameters())
+    optimizer = optimizers.build(cfg.optimizer, model)
+    if isinstance(optimizer, torch.optim.AdamW):  # Horovod makes one more of its class, from the groups alone
+        optimizer = torch.optim.AdamW(optimizer.param_groups)
+    optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters())
 
     def step(inputs: Tensor, targets: Tensor) -> None:
         optimizer.zero_grad()
