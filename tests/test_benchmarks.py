@@ -1,4 +1,4 @@
-"""Every benchmark ends well at its smallest setting, prints its table, and keeps what it measured where it is told to."""
+"""Every benchmark ends well at its smallest setting, prints its table, and keeps what it measured where it is told."""
 
 import json
 import sys
