@@ -1,12 +1,14 @@
-"""How ranks agree on whether to go on: what is wrong on one, all raise."""
+"""How ranks agree on whether to go on: if a check fails on one rank, every rank raises."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
 from typing import Any, Protocol
 
-from common.config import ConfigError
-from common.run import TrainingError
+from common.config import ConfigError, RunConfig
+from common.errors import TrainingError
 from common.topology import Topology
 
 
@@ -18,6 +20,9 @@ class Runtime(Protocol):
 
     def joint_check(self) -> AbstractContextManager[None]:
         """A block that all ranks leave with the same errors or none."""
+
+    def check_alike(self, cfg: RunConfig, fingerprint: str) -> None:
+        """Raises a ConfigError on all ranks where they were not started alike."""
 
     def from_rank_zero(self, value: Any) -> Any:
         """Rank 0's value on all ranks, and so a point where all wait for rank 0."""
@@ -31,28 +36,76 @@ class Runtime(Protocol):
 
 @contextmanager
 def joint_check(gather: Callable[[Any], list[Any]]) -> Iterator[None]:
-    """Every rank leaves this block without an error, or every rank leaves it with the ConfigErrors of all.
+    """Every rank leaves this block without an error, or every rank leaves it with the errors of all.
 
-    A file or folder that cannot be used counts as one.
+    A file or folder that cannot be used counts as a ConfigError.
 
     Args:
         gather: gives each rank's value to all ranks, in the order of ranks.
 
     Raises:
         ConfigError: with the problems of all ranks, each once.
+        TrainingError: likewise, where no rank has a ConfigError.
     """
     problems: list[str] = []
+    failures: list[str] = []
     try:
         yield
     except ConfigError as error:
         problems = error.problems
+    except TrainingError as error:
+        failures = [str(error)]
     except OSError as error:
         problems = [
             f"{error.filename}: {error.strerror}; choose a path that can be used (run.dir, data.root, data.path)"
         ]
-    everyones = [problem for of_rank in gather(problems) for problem in of_rank]
-    if everyones:
-        raise ConfigError(list(dict.fromkeys(everyones))) from None
+    everyones = gather([problems, failures])
+    all_problems, all_failures = (list(dict.fromkeys(chain(*kind))) for kind in zip(*everyones, strict=True))
+    if all_problems:
+        raise ConfigError(all_problems) from None
+    if all_failures:
+        raise TrainingError("\n".join(all_failures)) from None
+
+
+def check_alike(facts: Mapping[str, Any], gather: Callable[[Any], list[Any]]) -> None:
+    """Checks that all ranks were started alike; to be called by all ranks.
+
+    Args:
+        facts: what this rank was started with, by name; values are what JSON can hold.
+        gather: gives each rank's value to all ranks, in the order of ranks.
+
+    Raises:
+        ConfigError: they differ; each fact that does is listed by rank.
+    """
+    content = json.dumps(facts, sort_keys=True).encode()
+    if len(set(gather(hashlib.sha256(content).hexdigest()))) == 1:
+        return
+    everyones = gather(dict(facts))
+    problems = []
+    for name in sorted({name for of_rank in everyones for name in of_rank}):
+        ranks: dict[str, list[int]] = {}
+        for rank, of_rank in enumerate(everyones):
+            ranks.setdefault(json.dumps(of_rank.get(name)), []).append(rank)
+        if len(ranks) > 1:
+            values = "; ".join(f"{_ranks(of_value)}: {value}" for value, of_value in ranks.items())
+            problems.append(f"{name}: differs between ranks, which must be started alike ({values}); {_remedy(name)}")
+    raise ConfigError(problems)
+
+
+def _ranks(numbers: Sequence[int]) -> str:
+    """Ranks in words, the first ones of many."""
+    shown = ", ".join(map(str, numbers[:8]))
+    return f"rank {shown}" if len(numbers) == 1 else f"ranks {shown}{' and more' if len(numbers) > 8 else ''}"
+
+
+def _remedy(name: str) -> str:
+    remedies = {
+        "training set": "give all ranks the same data.root or data.path, with the same files",
+        "number of threads": "set OMP_NUM_THREADS (torch) or TF_NUM_INTRAOP_THREADS (tf) alike, as sums are rounded so",
+        "code": "copy this folder to all hosts again",
+    }
+    of_version = "install the same version on all hosts (make setup)"
+    return remedies.get(name, of_version if name.startswith("version of") else "start all ranks with the same keys")
 
 
 def same_in_groups(digest: str, groups: Sequence[Sequence[int]], gather: Callable[[Any], list[Any]]) -> str:

@@ -6,6 +6,7 @@ Scaling Rules for Adaptive Gradient Algorithms", 2022, https://arxiv.org/abs/220
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -23,12 +24,14 @@ class BatchSizes:
 
     Attributes:
         cfg: how the batch grows.
+        num_examples: size of the training set, beyond which no batch grows.
         changes: (first step, size), ascending; the first is (1, train.global_batch_size).
         noise: smoothed estimate of the trace of the gradients' covariance.
         signal: smoothed estimate of the squared norm of the true gradient.
     """
 
     cfg: TrainConfig
+    num_examples: int
     changes: list[tuple[int, int]] = field(default_factory=list)
     noise: float = 0.0
     signal: float = 0.0
@@ -42,11 +45,15 @@ class BatchSizes:
                 self._double_after(step)
 
     @classmethod
-    def from_json(cls, cfg: TrainConfig, content: dict[str, Any]) -> Self:
-        """The batch sizes as a checkpoint has them; those to come follow the configuration."""
-        sizes = cls(cfg)
+    def from_json(cls, cfg: TrainConfig, num_examples: int, content: dict[str, Any]) -> Self:
+        """The batch sizes as a checkpoint has them; those to come follow the configuration.
+
+        With another train.global_batch_size than before, growth begins anew from it.
+        """
+        sizes = cls(cfg, num_examples)
         if cfg.batch_schedule is BatchSchedule.noise_scale:
-            sizes.changes = [(step, size) for step, size in content["changes"]]
+            changes = [(step, size) for step, size in content["changes"]]
+            sizes.changes = changes if changes[0] == sizes.changes[0] else sizes.changes
             sizes.noise, sizes.signal = content["noise"], content["signal"]
         return sizes
 
@@ -63,32 +70,34 @@ class BatchSizes:
         """The batch size at which noise and signal of a gradient are level; 0 until it is known."""
         return self.noise / self.signal if self.signal > 0 else 0.0
 
-    def observe(self, step: int, local: float, whole: float, local_size: float, global_size: int) -> None:
+    def observe(self, step: int, local: float, whole: float, sizes: Sequence[int]) -> None:
         """Takes in the squared norms of one step's gradients, and doubles the batch when the noise scale has passed it.
 
+        The squared norm of the mean of n gradients is signal + noise / n on average, for a rank's examples and for all.
         Source: McCandlish et al., "An Empirical Model of Large-Batch Training", 2018,
-        https://arxiv.org/abs/1812.06162 (appendix A.1)
+        https://arxiv.org/abs/1812.06162 (appendix A.1), here for ranks with unequal numbers of examples.
 
         Args:
             step: its number, from 1.
-            local: mean over the ranks of the squared norm of the mean gradient of a rank's examples.
+            local: sum over the ranks of the squared norm of the mean gradient of a rank's examples.
             whole: squared norm of the mean gradient of all examples, before clipping.
-            local_size: mean number of examples of a rank.
-            global_size: number of examples of all ranks; more than local_size.
+            sizes: number of examples of each rank; those that have none add nothing to local.
         """
-        signal = (global_size * whole - local_size * local) / (global_size - local_size)
-        noise = (local - whole) / (1 / local_size - 1 / global_size)
-        self.signal = SMOOTHING * self.signal + (1 - SMOOTHING) * signal
+        sizes = [size for size in sizes if size]
+        if len(sizes) < 2:  # one rank's examples are all
+            return
+        mean, inverse = local / len(sizes), sum(1 / size for size in sizes) / len(sizes)
+        noise = (mean - whole) / (inverse - 1 / sum(sizes))
         self.noise = SMOOTHING * self.noise + (1 - SMOOTHING) * noise
+        self.signal = SMOOTHING * self.signal + (1 - SMOOTHING) * (whole - noise / sum(sizes))
         last_change, size = self.changes[-1]
         if step >= last_change + MIN_STEPS and self.noise_scale > size:
             self._double_after(step + DELAY)
 
     def _double_after(self, step: int) -> None:
-        size = 2 * self.changes[-1][1]
-        if self.cfg.max_batch_size:
-            size = min(size, self.cfg.max_batch_size)
-        if size > self.changes[-1][1]:
+        last_size = self.changes[-1][1]
+        size = min(2 * last_size, self.cfg.max_batch_size or self.num_examples, self.num_examples)
+        if size > last_size:
             self.changes.append((step + 1, size))
 
 

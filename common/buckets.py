@@ -1,7 +1,7 @@
 """How gradients are packed into flat buckets, each exchanged as one vector."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from common.compression import is_matrix_for_powersgd
@@ -28,7 +28,12 @@ class Bucket:
 
 
 def of_model(
-    shapes: Sequence[tuple[int, ...]], value_bytes: int, compression: CompressionConfig, op: ReduceOp, max_bytes: int
+    shapes: Sequence[tuple[int, ...]],
+    value_bytes: int,
+    compression: CompressionConfig,
+    op: ReduceOp,
+    max_bytes: int,
+    tied: Collection[int] = (),
 ) -> list[Bucket]:
     """The buckets of a model's gradients; the last one is uncompressed, has place for more, and may have none.
 
@@ -38,12 +43,15 @@ def of_model(
         compression: what is done to gradients that are large enough for it.
         op: adasum takes all gradients.
         max_bytes: largest size of a bucket of several gradients.
+        tied: indices of the parameters that stages share. They are never compressed: their stages' sums are added up
+            as they are, and a stage's residual would have no one name in a checkpoint.
     """
     numels = [math.prod(shape) for shape in shapes]
     if op is ReduceOp.adasum:
         method, chosen = op.name, list(range(len(shapes)))
     else:
-        method, chosen = compression.name, [i for i, shape in enumerate(shapes) if _is_compressed(shape, compression)]
+        compressed_ones = [i for i, shape in enumerate(shapes) if _is_compressed(shape, compression)]
+        method, chosen = compression.name, [i for i in compressed_ones if i not in tied]
     is_by_layer = isinstance(compression, LossyConfig) and compression.scope is Scope.layer
     is_by_layer = is_by_layer and not isinstance(compression, PowerSGDConfig)  # whose matrices share messages
     plain = sorted(set(range(len(shapes))) - set(chosen))

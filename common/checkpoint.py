@@ -17,14 +17,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from common import disk, ledger
+from common import disk, ledger, provenance, run_lock
 from common.agreement import Runtime
 from common.array_exchange import Arrays
 from common.config import ConfigError, RunConfig, leaves, to_dict
+from common.errors import TrainingError
 from common.sharding import Plan, Step
 from common.step_sums import StepSums
 from common.stopping import Stopped
 from common.topology import Topology
+
+import numpy as np
 
 Exchange = Callable[[Sequence[Arrays]], Sequence[Arrays]]
 
@@ -78,7 +81,7 @@ class Checkpoint:
 
 
 def write(folder: Path, weights: Arrays, moments: Arrays, gradients: Arrays, state: dict[str, Any]) -> None:
-    """Writes a checkpoint; the folder has its name when everything is on the disk."""
+    """Writes a checkpoint; the folder, which must be new, has its name when everything is on the disk."""
     for leftover in folder.parent.glob(".*.unfinished"):
         shutil.rmtree(leftover)
     unfinished = folder.with_name(f".{folder.name}.unfinished")
@@ -90,7 +93,6 @@ def write(folder: Path, weights: Arrays, moments: Arrays, gradients: Arrays, sta
         file.write(json.dumps(state | {"sha256": hashes}, indent=2).encode())
         disk.sync(file)
     disk.sync_path(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)  # of the same step, when a run redoes it
     unfinished.rename(folder)
     disk.sync_path(folder.parent)
 
@@ -200,12 +202,30 @@ def _is_count(value: Any, least: int) -> bool:
 def newest(run_folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest sound checkpoint of a run, and what is wrong with newer ones."""
     problems: list[str] = []
-    for folder in sorted((run_folder / "checkpoints").glob("step-*"), reverse=True):
+    for folder in reversed(_saved(run_folder / "checkpoints")):
         try:
             return read(folder), problems
         except ConfigError as error:
             problems += error.problems
     return None, problems
+
+
+def _saved(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, in the order of their steps."""
+    numbers = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
+    return sorted((path for path in numbers if numbers[path].isdecimal()), key=lambda path: int(numbers[path]))
+
+
+def set_aside(folder: Path, start: int) -> None:
+    """Moves checkpoints of later steps than the one that a run goes on from into the folder `abandoned`.
+
+    They are of another branch of the run, and would be taken for newer than those to come.
+    """
+    for path in _saved(folder):
+        if int(path.name.removeprefix("step-")) > start:
+            abandoned = folder / "abandoned"
+            abandoned.mkdir(exist_ok=True)
+            path.rename(disk.unused(abandoned / path.name))
 
 
 def find(path: Path) -> Checkpoint:
@@ -246,14 +266,15 @@ class Checkpoints:
         extras: Mapping[str, Any] | None = None,
     ) -> None:
         self._cfg, self._state, self._runtime = cfg, state, runtime
-        self._writes_here = topology.rank == 0
+        self._rank, self._run_folder = topology.rank, Path(str(cfg.run.dir))
+        self._folder = self._run_folder / "checkpoints"
         task, _, framework = recipe.rpartition("_")
         self._identity = {
             "task": task,
             "framework": framework,
             "fingerprint": fingerprint,
             "config": to_dict(cfg),
-            "versions": {name: sys.modules[name].__version__ for name in _LIBRARIES if name in sys.modules},
+            "versions": provenance.versions(),
             **(extras or {}),
         }
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
@@ -262,15 +283,30 @@ class Checkpoints:
     def restore(self) -> dict[str, Any]:
         """Gives all ranks the weights and optimizer state of the checkpoint to resume from, or rank 0's.
 
+        The run then has its folder for itself, and what its next steps redo is set aside.
+
         Returns:
             The checkpoint's state, or {} when training starts at the beginning.
 
         Raises:
-            ConfigError: there is no such checkpoint, or it does not suit this run.
+            ConfigError: there is no such checkpoint, or it does not suit this run, or another job has the folder.
         """
+        try:
+            restored = self._restored()
+            with self._runtime.joint_check():
+                if self._rank == 0:
+                    self._begin(restored["position"]["step"] if restored else 0)
+        except ConfigError:
+            run_lock.let_go(self._run_folder)
+            raise
+        return restored
+
+    def _restored(self) -> dict[str, Any]:
         checkpoint: Checkpoint | None = None
         with self._runtime.joint_check():
-            if self._writes_here:
+            if self._rank == 0:
+                if self._run_folder.exists():
+                    run_lock.hold(self._run_folder)
                 checkpoint = self._suitable()
         restored: dict[str, Any] = self._runtime.from_rank_zero(checkpoint.state if checkpoint else {})
         if restored:
@@ -279,11 +315,19 @@ class Checkpoints:
         self._state.broadcast()
         return restored
 
+    def _begin(self, start: int) -> None:
+        """Takes the folder for this run, from a step on."""
+        self._run_folder.mkdir(parents=True, exist_ok=True)
+        run_lock.hold(self._run_folder)
+        ledger.drop(self._run_folder, start)
+        set_aside(self._folder, start)
+
     def save_if_due(self, step: Step, sums: StepSums, plan: Plan) -> None:
         """Saves a checkpoint every train.checkpoint_every steps, at the end and when a rank was asked to stop.
 
         Raises:
             ConfigError: it could not be written; raised at the next one where it is not the last.
+            TrainingError: the weights or what belongs to them are not finite; the last checkpoint stays.
             Stopped: a rank was asked to stop; the checkpoint is there.
         """
         every = self._cfg.train.checkpoint_every
@@ -291,9 +335,12 @@ class Checkpoints:
         is_last = step.progress >= 1 or is_stop
         if not is_last and not (every and step.number % every == 0):
             return
+        for path in (self._run_folder / "ledger").glob(f"*.rank-{self._rank:04}.jsonl"):
+            disk.sync_path(path)
         arrays = self._state.weights(), self._state.moments(), self._state.gradients()
         with self._runtime.joint_check():
-            if self._writes_here:
+            if self._rank == 0:
+                check_finite(step.number, *arrays)
                 self._wait()
                 self._writing = self._writer.submit(self._write, step.number, *arrays, self._state_at(step, plan))
                 if is_last:
@@ -312,9 +359,11 @@ class Checkpoints:
         }
 
     def _write(self, step: int, weights: Arrays, moments: Arrays, gradients: Arrays, state: dict[str, Any]) -> None:
-        folder = _folder(self._cfg) / f"step-{step:08}"
-        write(folder, weights, moments, gradients, state)
-        for old in sorted(folder.parent.glob("step-*"))[: -self._cfg.train.keep_checkpoints]:
+        record = self._run_folder / "metrics.jsonl"
+        if record.exists():  # what a checkpoint stands for must not be lost when it is found after a power cut
+            disk.sync_path(record)
+        write(self._folder / f"step-{step:08}", weights, moments, gradients, state)
+        for old in _saved(self._folder)[: -self._cfg.train.keep_checkpoints]:
             shutil.rmtree(old)
 
     def _wait(self) -> None:
@@ -324,15 +373,12 @@ class Checkpoints:
     def _suitable(self) -> Checkpoint | None:
         """The checkpoint that the configuration asks for, where this run can go on from it."""
         checkpoint = self._chosen()
-        start = 0
         if checkpoint is not None:
             problems = list(self._problems(checkpoint))
             if problems:
                 raise ConfigError(problems)
-            start = checkpoint.state["position"]["step"]
             if checkpoint.state["fingerprint"] != self._identity["fingerprint"]:
                 checkpoint.state["position"]["offset"] = 0
-        ledger.drop(Path(str(self._cfg.run.dir)), start)
         return checkpoint
 
     def _load(self, state: dict[str, Any], checkpoint: Checkpoint | None) -> None:
@@ -345,7 +391,7 @@ class Checkpoints:
             self._state.load(checkpoint.weights, moments, checkpoint.gradients)
 
     def _chosen(self) -> Checkpoint | None:
-        source, own = self._cfg.resume.source, sorted(_folder(self._cfg).glob("step-*"))
+        source, own = self._cfg.resume.source, _saved(self._folder)
         if source not in ("auto", "never"):
             return find(Path(source))
         if not own:
@@ -355,7 +401,7 @@ class Checkpoints:
                 [f"run.dir={self._cfg.run.dir}: holds checkpoints, which resume=never would lose; use resume=auto or "
                  "another folder"]
             )  # fmt: skip
-        checkpoint, problems = newest(Path(str(self._cfg.run.dir)))
+        checkpoint, problems = newest(self._run_folder)
         if checkpoint is None:
             raise ConfigError(
                 [*problems, f"run.dir={self._cfg.run.dir}: no checkpoint is left; start in another folder"]
@@ -370,6 +416,8 @@ class Checkpoints:
         if state["task"] != self._identity["task"]:
             yield f"{checkpoint.folder}: is a checkpoint of {state['task']}, not of {self._identity['task']}"
             return
+        if not _are_counters(checkpoint.gradients.get("counters")):
+            yield f"{checkpoint.folder}: {GRADIENTS} does not say how many steps were made; use another checkpoint"
         if state["fingerprint"] != self._identity["fingerprint"] and "data" not in allowed:
             yield f"data: the training examples are not those of {checkpoint.folder}; {_remedy('data')}"
         old, new = dict(leaves(state["config"])), dict(leaves(self._identity["config"]))
@@ -379,7 +427,18 @@ class Checkpoints:
                 yield f"{key}={new.get(key)}: is {old.get(key)} in {checkpoint.folder}; {_remedy(key)}"
 
 
-_LIBRARIES = ("numpy", "horovod", "torch", "tensorflow", "keras")
+def _are_counters(counters: np.ndarray | None) -> bool:
+    return counters is not None and counters.shape in ((3,), (4,)) and bool(np.isfinite(counters).all())
+
+
+def check_finite(step: int, *states: Arrays) -> None:
+    """Raises a TrainingError when something that is about to be saved is infinite or not a number."""
+    for name, array in (item for arrays in states for item in arrays.items()):
+        if not np.isfinite(array).all():
+            raise TrainingError(
+                f"{name} is not finite after step {step}, and is not saved; the last checkpoint is sound; a smaller "
+                "optimizer.lr may help"
+            )
 
 
 def check_names_and_shapes(wanted: Mapping[str, tuple[int, ...]], arrays: Arrays) -> None:
@@ -432,10 +491,6 @@ def of_this_stage(arrays: Arrays, names: Sequence[Sequence[str]], topology: Topo
 def _belongs_to(name: str, weights: Iterable[str]) -> bool:
     """Whether an array of a checkpoint is one of the weights, or state of one of them, or of none in particular."""
     return "." not in name or any(name == weight or name.startswith(f"{weight}.") for weight in weights)
-
-
-def _folder(cfg: RunConfig) -> Path:
-    return Path(str(cfg.run.dir)) / "checkpoints"
 
 
 def _names(allowed: list[str], key: str) -> bool:

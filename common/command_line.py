@@ -13,8 +13,8 @@ from common import stopping
 from common.agreement import Runtime
 from common.composition import compose, group_options
 from common.config import ConfigError, RunConfig, to_yaml
+from common.errors import TrainingError
 from common.host import are_hosts_alike, launched_topology
-from common.run import TrainingError
 from common.stopping import Stopped
 
 SECONDS_TO_GIVE_WAY = 5

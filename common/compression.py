@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+LARGEST_HALF = 65504.0  # what is larger is sent as this; the difference is the sender's error
 SUMMED = ("residual", "velocity")  # states that each rank has its own of; a checkpoint holds their sum over the ranks
 CHUNK = 1024  # values that share one float32 scale
 WARM_UP_STAGES = 4  # of DGC
@@ -75,11 +76,16 @@ class Float16(Codec):
 
     def encode(self, values: Floats, uniforms: Uniforms) -> Bytes:
         """Two bytes a value."""
-        return values.astype(np.float16).view(np.uint8)
+        return to_wire(values, np.float16).view(np.uint8)
 
     def decode(self, content: Bytes, num_values: int) -> Floats:
         """Exact."""
         return content.view(np.float16).astype(np.float32)
+
+
+def to_wire(values: Floats, dtype: type) -> np.ndarray:
+    """Float32 values in the dtype in which they travel; half precision ends at LARGEST_HALF instead of overflowing."""
+    return (values.clip(-LARGEST_HALF, LARGEST_HALF) if dtype is np.float16 else values).astype(dtype)
 
 
 class BFloat16(Codec):
@@ -273,7 +279,7 @@ def top_k(vectors: Sequence[Floats], ratio: float, dtype: type = np.float32) -> 
     for vector in vectors:
         chosen = np.argsort(-np.abs(vector), kind="stable")[: num_chosen(len(vector), ratio)]
         sent = np.zeros_like(vector)
-        sent[chosen] = vector[chosen].astype(dtype)
+        sent[chosen] = to_wire(vector[chosen], dtype)
         summed += sent
         errors.append(vector - sent)
     return summed, errors
@@ -352,17 +358,32 @@ def sparsity_warm_up(step: int, warmup_steps: int, ratio: float) -> float:
     return float(0.25 * (ratio / 0.25) ** (stage / WARM_UP_STAGES))
 
 
-def power_sgd(matrices: Sequence[Floats], factor: Floats) -> tuple[Floats, list[Floats], Floats]:
+def power_sgd(
+    matrices: Sequence[Floats], factor: Floats, dtype: type = np.float32
+) -> tuple[Floats, list[Floats], Floats]:
     """The sum of each rank's matrix (m, n) by one step of power iteration from a factor (n, rank).
 
     Vogels, Karimireddy and Jaggi, "PowerSGD: Practical Low-Rank Gradient Compression for Distributed Optimization",
     2019, https://arxiv.org/abs/1905.13727 (algorithm 1)
 
+    In half precision products of small gradients with small factors would vanish. So the factor's columns are scaled to
+    length 1, which leaves the basis as it is, and what is sent is divided by the root of the sum of all ranks' squares,
+    a number that is summed before: no value that is sent is then larger than 1.
+
     Returns:
         The sum of the given rank, each rank's error, and the factor to start the next step from.
     """
-    basis, _ = np.linalg.qr(sum(matrix @ factor for matrix in matrices))
-    factor = np.sum([matrix.T @ basis for matrix in matrices], axis=0)
+    scale = np.float32(1)
+    if dtype is np.float16:
+        scale = np.float32(math.sqrt(sum((matrix.astype(np.float64) ** 2).sum() for matrix in matrices)) or 1.0)
+        factor = factor / where_positive(np.linalg.norm(factor, axis=0)).T
+
+    def summed_over_ranks(products: Sequence[Floats]) -> Floats:
+        total: Floats = np.sum([(product / scale).astype(dtype) for product in products], axis=0, dtype=dtype)
+        return total.astype(np.float32)
+
+    basis, _ = np.linalg.qr(summed_over_ranks([matrix @ factor for matrix in matrices]))
+    factor = scale * summed_over_ranks([matrix.T @ basis for matrix in matrices])
     summed = basis @ factor.T
     return summed, [matrix - summed / len(matrices) for matrix in matrices], factor
 

@@ -171,6 +171,15 @@ class LMConfig(ModelConfig):
     """Probability that a value is zeroed in training, of the embedding and of what each layer adds; 0: none."""
 
 
+class OnNonfinite(Enum):
+    """What is done when a loss or a gradient is infinite or not a number."""
+
+    stop = 0
+    """Training ends with status 1; the last checkpoint is the one before."""
+    skip = 1
+    """The weights stay as they are in that step, on all ranks; looking for it reads all gradients once more."""
+
+
 class BatchSchedule(Enum):
     """How the global batch grows; the learning rate grows with it (common/batch_size.py)."""
 
@@ -198,11 +207,12 @@ class TrainConfig:
     """Optimizer steps between two checkpoints; 0: only at the end."""
     keep_checkpoints: int = MISSING
     """The newest so many are kept."""
+    on_nonfinite: OnNonfinite = MISSING
     batch_schedule: BatchSchedule = MISSING
     batch_growth_steps: list[int] = MISSING
     """With batch_schedule=steps: the steps after which the global batch doubles."""
     max_batch_size: int = MISSING
-    """The global batch grows no further; 0: without bound."""
+    """The global batch grows no further; 0: up to the number of examples."""
 
     @property
     def measures_noise(self) -> bool:

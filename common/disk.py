@@ -10,6 +10,7 @@ import os
 import stat
 from collections.abc import Iterable
 from io import BufferedReader
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -84,3 +85,9 @@ def sync_path(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def unused(path: Path) -> Path:
+    """The path, or with a number after it where something is there already."""
+    paths = chain([path], (path.with_name(f"{path.name}.{number}") for number in count(2)))
+    return next(candidate for candidate in paths if not os.path.lexists(candidate))

@@ -1,6 +1,9 @@
 """What a rank takes from its host: cores, how often Horovod wakes up, and who it is before Horovod has started."""
 
 import os
+import shlex
+import sys
+from collections.abc import Sequence
 
 from common.topology import Topology
 
@@ -36,3 +39,49 @@ def are_hosts_alike() -> bool:
     topology = launched_topology()
     num_hosts = os.environ.get("HOROVOD_CROSS_SIZE", topology.world_size // topology.local_size)
     return int(num_hosts) * topology.local_size == topology.world_size
+
+
+def refuse_other_launchers() -> None:
+    """Leaves with status 2 when a launcher that Horovod does not know has started several of these programs.
+
+    Each of them would train on its own. To be called where Horovod knows of a single rank.
+    """
+    name, num_tasks, number = next((found for found in _started_by_others() if found[1] > 1), ("", 1, 0))
+    if num_tasks == 1 or "HOROVOD_RANK" in os.environ:
+        return
+    if number == 0:
+        command = shlex.join(["python", *sys.orig_argv[1:]])
+        print(
+            f"{name}={num_tasks}: this program was started {num_tasks} times, and Horovod knows nothing of it: each "
+            f"would train on its own; start it once, with: horovodrun -np {num_tasks} {command}",
+            file=sys.stderr,
+            flush=True,
+        )
+    sys.exit(2)
+
+
+def _started_by_others() -> list[tuple[str, int, int]]:
+    """What the environment says of torchrun, mpirun, srun: variable, number of programs, number of this one."""
+    names = [("WORLD_SIZE", "RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK")]
+    if "SLURM_STEP_ID" in os.environ:  # else it is the script of a batch job, which runs once
+        of_step = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS"
+        names.append((of_step, "SLURM_PROCID"))
+    return [(size, _integer(size, 1), _integer(rank, 0)) for size, rank in names]
+
+
+def _integer(name: str, default: int) -> int:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else default
+
+
+def say_who_shares(gpus: Sequence[str], rank: int) -> None:
+    """On rank 0, prints which ranks have the same GPU, if any.
+
+    Args:
+        gpus: that of each rank, by a name that no other has.
+        rank: this one.
+    """
+    sharing = [[other for other, name in enumerate(gpus) if name == gpu] for gpu in dict.fromkeys(gpus)]
+    for ranks in sharing:
+        if rank == 0 and len(ranks) > 1:
+            print(f"ranks {ranks} share one GPU: slower than one rank each (horovodrun -np, -H)", file=sys.stderr)

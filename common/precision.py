@@ -15,11 +15,13 @@ class LossScale:
         value: a power of two; 1 without half precision.
         growth_steps: it doubles after so many steps without an overflow; 0: it stays.
         good_steps: steps since the last overflow or doubling.
+        skipped_steps: steps so far that were skipped because something was not finite.
     """
 
     value: float = 1.0
     growth_steps: int = 0
     good_steps: int = 0
+    skipped_steps: int = 0
 
     @classmethod
     def of(cls, cfg: PrecisionConfig) -> "LossScale":
@@ -29,13 +31,14 @@ class LossScale:
 
     @property
     def is_dynamic(self) -> bool:
-        """Whether overflows are looked for."""
+        """Whether the scale follows overflows."""
         return self.growth_steps > 0
 
     def update(self, overflow: bool) -> None:
         """Takes in whether any rank's gradients of a step had an infinite value or none at all."""
         if overflow:
             self.value, self.good_steps = max(1.0, self.value / 2), 0
+            self.skipped_steps += 1
             return
         self.good_steps += 1
         if self.is_dynamic and self.good_steps >= self.growth_steps:

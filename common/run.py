@@ -11,34 +11,36 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from common import disk, run_lock
+from common.agreement import Runtime
 from common.buckets import Bucket, allreduce_bytes
 from common.config import (
     BatchSchedule,
     LMConfig,
     LossScalePrecisionConfig,
     LossyConfig,
+    OnNonfinite,
     ParameterServerConfig,
     RunConfig,
     to_yaml,
 )
 from common.datasets.examples import Batch, Examples
+from common.errors import TrainingError
 from common.ledger import Ledger
 from common.read_ahead import read_ahead
-from common.sharding import Plan, Step
+from common.sharding import Plan, Step, bounds
 from common.step_sums import StepSums
 from common.tensorboard import ScalarWriter
 from common.topology import Topology
 
 _NOT_VALUES = ("step", "epoch", "wall_seconds")  # of an event
+MOST_SKIPPED = 20  # steps in a row, with nothing left that a smaller loss scale could do
 _CLEAR_LINE = "\r\033[K"  # on a terminal
-
-
-class TrainingError(Exception):
-    """Training cannot go on; the message says why and what to do."""
 
 
 def new_folder(cfg: RunConfig, recipe: str) -> str:
@@ -54,9 +56,13 @@ class Run:
         cfg: the configuration, with run.dir set.
         recipe: name of the recipe's module, <task>_<framework>.
         plan: the run's steps.
+        runtime: how ranks agree.
+
+    Raises:
+        ConfigError: on all ranks, when rank 0 cannot write into the folder.
     """
 
-    def __init__(self, cfg: RunConfig, recipe: str, plan: Plan) -> None:
+    def __init__(self, cfg: RunConfig, recipe: str, plan: Plan, runtime: Runtime) -> None:
         self.folder = Path(str(cfg.run.dir))
         self._cfg, self._plan = cfg, plan
         self._identity = {"recipe": recipe, "framework": recipe.rpartition("_")[2]}
@@ -66,19 +72,29 @@ class Run:
         self._waiting_seconds: list[float] = []
         self._examples = 0
         self._wire_bytes: list[float] = []  # of each bucket, over all steps
-        self._skipped_steps = 0
+        self._skipped_in_a_row = 0
         self._last: dict[str, float] = {}
+        with runtime.joint_check():
+            if self._topology.rank == 0:
+                self._begin_record(recipe)
+        self._last = runtime.from_rank_zero(self._last)
         self._ledger = Ledger(self.folder, plan) if cfg.data.ledger and self._topology.counts_examples else None
-        if self._topology.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(to_yaml(cfg))
-            self._tensorboard = self._continue_record()
-            self._progress = _Progress(plan)
-            begin = f", from step {plan.start.step + 1}" if plan.start.step else ""
-            self._progress.say(
-                f"{recipe}: {self._topology.world_size} ranks, {plan.num_examples} examples, "
-                f"{plan.batch_sizes.at(plan.start.step + 1)} a step{begin}, {self.folder}"
-            )
+
+    def _begin_record(self, recipe: str) -> None:
+        """Writes the configuration, keeps what an earlier launch recorded, and says what begins."""
+        plan, start = self._plan, self._plan.start.step
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(to_yaml(self._cfg))
+        self._tensorboard = self._continue_record()
+        self._progress = _Progress(plan)
+        ranks = "1 rank" if self._topology.world_size == 1 else f"{self._topology.world_size} ranks"
+        begin = f", from step {start + 1}" if start else ""
+        self._progress.say(
+            f"{recipe}: {ranks}, {plan.num_examples} examples, {plan.batch_sizes.at(start + 1)} a step{begin}, "
+            f"{self.folder}"
+        )
+        for note in _notes(self._cfg, plan):
+            self._progress.say(f"note: {note}")
 
     def steps(self, examples: Examples) -> Iterator[tuple[Step, Batch]]:
         """The steps of the run with this rank's examples, read ahead; takes the time of each step."""
@@ -96,23 +112,44 @@ class Run:
             self._examples += step.global_size
 
     def record(self, step: Step, lr: float, sums: StepSums) -> None:
-        """Takes in a step that was made: train_loss and lr are logged at the first and every train.log_every-th one."""
+        """Takes in a step that was made: train_loss and lr are logged at the first and every train.log_every-th one.
+
+        Raises:
+            TrainingError: the loss is not finite, or too many steps in a row were skipped.
+        """
         if self._ledger:
             self._ledger.add(step)
+        is_skipped = self._check_finite(step, sums)
         values: dict[str, float] = {}
         if self._cfg.train.batch_schedule is not BatchSchedule.constant:
             values["batch_size"] = step.batch_size
         if self._cfg.train.batch_schedule is BatchSchedule.noise_scale:
-            local_size = step.global_size / self._topology.num_replicas
-            local, whole = float(sums.local_squares), float(sums.whole_squares)
-            self._plan.batch_sizes.observe(step.number, local, whole, local_size, step.global_size)
+            if not is_skipped:
+                sizes = [b - a for a, b in pairwise(bounds(step.global_size, self._topology.num_replicas))]
+                local, whole = float(sums.local_squares), float(sums.whole_squares)
+                self._plan.batch_sizes.observe(step.number, local, whole, sizes)
             values["noise_scale"] = self._plan.batch_sizes.noise_scale
         values |= self._exchange_values(sums)
         if step.number == 1 or step.number % self._cfg.train.log_every == 0:
             loss = float(sums.loss)
-            # In a step that is skipped the loss may well be infinite.
-            losses = {} if float(sums.overflow) and not math.isfinite(loss) else {"train_loss": loss}
+            losses = {"train_loss": loss} if math.isfinite(loss) else {}  # in a step that is skipped it may be infinite
             self.log(step, lr=lr, **losses, **values)
+
+    def _check_finite(self, step: Step, sums: StepSums) -> bool:
+        """Whether the step was skipped, which is known to all ranks."""
+        is_skipped, remedy = float(sums.overflow) > 0, "a smaller optimizer.lr may help"
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped and float(sums.loss_scale) <= 1 else 0
+        if self._skipped_in_a_row > MOST_SKIPPED:
+            raise TrainingError(
+                f"{self._skipped_in_a_row} steps in a row were skipped, the last is {step.number}, as losses or gradients "
+                f"were not finite; {remedy}"
+            )
+        if not is_skipped and not math.isfinite(float(sums.loss)):
+            raise TrainingError(
+                f"train_loss is {float(sums.loss)} at step {step.number}; {remedy}, or train.on_nonfinite=skip where "
+                "it is a matter of single examples"
+            )
+        return is_skipped
 
     def _exchange_values(self, sums: StepSums) -> dict[str, float]:
         """What is logged of how the gradients travelled; counts their bytes."""
@@ -122,8 +159,9 @@ class Run:
         if len(sent) > 1:
             values |= {f"wire_bytes.{number}": num_bytes for number, num_bytes in enumerate(sent)}
         if isinstance(self._cfg.precision, LossScalePrecisionConfig):
-            self._skipped_steps += float(sums.overflow) > 0
-            values |= {"loss_scale": float(sums.loss_scale), "skipped_steps": self._skipped_steps}
+            values["loss_scale"] = float(sums.loss_scale)
+        if "loss_scale" in values or self._cfg.train.on_nonfinite is OnNonfinite.skip:
+            values["skipped_steps"] = int(float(sums.skipped_steps))
         if isinstance(self._cfg.parallel, ParameterServerConfig):
             values["staleness"] = float(sums.staleness)
         if isinstance(self._cfg.compression, LossyConfig) and self._cfg.compression.health:
@@ -159,22 +197,22 @@ class Run:
             measures: what else was measured.
         """
         num_replicas = self._topology.num_replicas
-        rate = self._examples / sum(self._step_seconds)
-        model = self._cfg.model
+        model, num_steps, seconds = self._cfg.model, len(self._step_seconds), sum(self._step_seconds)
+        rate = self._examples / seconds if num_steps else None  # a run may be resumed at its very end
         summary = {
             **self._identity,
             "world_size": self._topology.world_size,
             "num_stages": self._topology.num_stages,
             "num_replicas": num_replicas,
-            "steps": self._plan.start.step + len(self._step_seconds),
+            "steps": self._plan.start.step + num_steps,
             "resumed_from_step": self._plan.start.step,
             "examples": self._examples,
             "wall_seconds": self._wall_seconds(),
             "examples_per_second": rate,
-            **({"tokens_per_second": rate * model.context} if isinstance(model, LMConfig) else {}),
-            "step_seconds_median": statistics.median(self._step_seconds),
-            "data_wait_share": sum(self._waiting_seconds) / sum(self._step_seconds),
-            "wire_bytes_per_step": sum(self._wire_bytes) / len(self._step_seconds),
+            **({"tokens_per_second": rate and rate * model.context} if isinstance(model, LMConfig) else {}),
+            "step_seconds_median": statistics.median(self._step_seconds) if num_steps else None,
+            "data_wait_share": sum(self._waiting_seconds) / seconds if num_steps else None,
+            "wire_bytes_per_step": sum(self._wire_bytes) / max(1, num_steps),
             "dense_bytes_per_step": allreduce_bytes(
                 4 * sum(bucket.num_values for bucket in buckets), len(self._topology.group)
             ),
@@ -193,27 +231,83 @@ class Run:
             unfinished.rename(self.folder / "summary.json")
             results = "  ".join(f"{name} {value:.4g}" for name, value in self._last.items() if name.startswith("test_"))
             self._progress.say(f"done in {summary['wall_seconds']:.1f} s: {results}  {self.folder}")
+            run_lock.let_go(self.folder)
         return summary
 
     def _bytes_of_buckets(self, num_buckets: int) -> list[float]:
         """Mean over the steps of what this rank has sent; one rank alone sends nothing."""
-        return [total / len(self._step_seconds) for total in self._wire_bytes or [0.0] * num_buckets]
+        return [total / max(1, len(self._step_seconds)) for total in self._wire_bytes or [0.0] * num_buckets]
 
     def _continue_record(self) -> ScalarWriter:
-        """Keeps the events up to where the run starts, in metrics.jsonl and for TensorBoard."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() and self._plan.start.step else []
-        events = [json.loads(line) for line in lines if line.endswith("\n")]
+        """Keeps the events up to where the run starts, in metrics.jsonl and for TensorBoard.
+
+        A record with lines that are no events is kept aside, and goes on with those that are.
+        """
+        path, events = self.folder / "metrics.jsonl", list[dict[str, Any]]()
+        if self._plan.start.step and path.exists():
+            events, problems = events_of_record(path)
+            if problems:
+                aside = disk.unused(path.with_name("metrics.damaged.jsonl"))
+                path.rename(aside)
+                print(f"{path}: is damaged, and kept as {aside.name}: {problems[0]}", file=sys.stderr, flush=True)
         events = [event for event in events if event["step"] <= self._plan.start.step]
         path.write_text("".join(json.dumps(event) + "\n" for event in events))
         shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
         writer = ScalarWriter(self.folder / "tensorboard")
         for event in events:
-            writer.write(event["step"], {name: value for name, value in event.items() if name not in _NOT_VALUES})
+            values = {name: value for name, value in event.items() if name not in _NOT_VALUES}
+            writer.write(event["step"], values)
+            self._last |= values
         return writer
 
     def _wall_seconds(self) -> float:
         return time.perf_counter() - self._start
+
+
+def events_of_record(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The events in a metrics.jsonl, and what is wrong with other lines of it.
+
+    A last line that is cut off, as a killed run leaves it, is passed over.
+    """
+    try:
+        lines = disk.read_bytes(path).splitlines(keepends=True)
+    except OSError as error:
+        return [], [str(error.strerror)]
+    events, problems = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            event = disk.parse_json(line)
+        except ValueError as error:
+            problems.append(f"line {number} is not JSON ({disk.brief(error)})")
+            continue
+        if _is_event(event):
+            events.append(event)
+        else:
+            problems.append(f"line {number} is no event of a run")
+    return events, problems
+
+
+def _is_event(event: Any) -> bool:
+    """Whether it has a step, an epoch and numbers alone."""
+    return (
+        isinstance(event, dict)
+        and all(type(event.get(name)) is int and 0 <= event[name] < 2**53 for name in ("step", "epoch"))
+        and all(type(value) in (int, float) and abs(value) < math.inf for value in event.values())
+    )
+
+
+def _notes(cfg: RunConfig, plan: Plan) -> Iterator[str]:
+    """What is allowed and may not be meant."""
+    size, warmup_steps = cfg.train.global_batch_size, cfg.lr_schedule.warmup_steps
+    if size > plan.num_examples:
+        yield f"train.global_batch_size={size}: a step takes all {plan.num_examples} examples, as there are no more"
+    if warmup_steps > plan.most_steps:
+        yield (
+            f"lr_schedule.warmup_steps={warmup_steps}: the run has {plan.most_steps} steps, and ends before "
+            "optimizer.lr is reached"
+        )
 
 
 class _Progress:
@@ -239,20 +333,17 @@ class _Progress:
         done = (step.number - self._shown_step) * step.batch_size
         begun = self._plan.progress(self._plan.start)
         left = int((now - self._start) * (1 - step.progress) / (step.progress - begun))
-        line = "  ".join(
-            [
-                f"step {step.number}",
-                f"epoch {step.epoch}",
-                f"{100 * step.progress:.0f} %",
-                *(f"{name} {value:.4g}" for name, value in values.items() if not name.startswith("wire_bytes")),
-                f"{done / (now - self._shown_at):,.0f} examples/s",
-                f"ETA {left // 60}:{left % 60:02}",
-            ]
-        )
+        place = [f"step {step.number}", f"epoch {step.epoch}", f"{100 * step.progress:.0f} %"]
+        measured = [f"{name} {value:.4g}" for name, value in values.items() if not name.startswith("wire_bytes")]
+        pace = [f"{done / (now - self._shown_at):,.0f} examples/s", f"ETA {left // 60}:{left % 60:02}"]
         self._shown_at, self._shown_step, self._is_first = now, step.number, False
         if self._terminal:
             filled = int(20 * step.progress)
-            sys.stdout.write(f"{_CLEAR_LINE}[{'#' * filled}{'.' * (20 - filled)}] {line}")
+            bar = f"[{'#' * filled}{'.' * (20 - filled)}] "
+            columns = shutil.get_terminal_size().columns - 1  # a line that is longer cannot be overwritten
+            while measured and len(bar + "  ".join(place + measured + pace)) > columns:
+                measured.pop()
+            sys.stdout.write(_CLEAR_LINE + (bar + "  ".join(place + measured + pace))[:columns])
             sys.stdout.flush()
         else:
-            self.say(line)
+            self.say("  ".join(place + measured + pace))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 from common.clocks import Clocks
 from common.config import AdamWConfig, Mode, ParameterServerConfig, RunConfig
-from common.run import TrainingError
+from common.errors import TrainingError
 from common.step_sums import StepSums
 from common.topology import Topology
 

@@ -5,6 +5,7 @@ alone. A replica gets a contiguous part of each, so that the number of replicas 
 is computed.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -89,7 +90,9 @@ class Plan:
         classes: np.ndarray | None = None,
     ) -> Self:
         """The plan that a configuration asks for, from where the restored state of a checkpoint stands."""
-        sizes = BatchSizes.from_json(cfg.train, restored["batch_sizes"]) if restored else BatchSizes(cfg.train)
+        sizes = BatchSizes(cfg.train, num_examples)
+        if restored:
+            sizes = BatchSizes.from_json(cfg.train, num_examples, restored["batch_sizes"])
         start = Position(**restored.get("position", {}))
         return cls(cfg.train, num_examples, cfg.seed, topology, sizes, start, classes)
 
@@ -110,6 +113,12 @@ class Plan:
         examples = (position.epoch - 1) * self.num_examples + position.offset
         by_examples = examples / (self.train.epochs * self.num_examples)
         return max(by_examples, position.step / self.train.max_steps) if self.train.max_steps else by_examples
+
+    @property
+    def most_steps(self) -> int:
+        """Number of steps of the whole run, if the batch does not grow."""
+        by_examples = self.train.epochs * math.ceil(self.num_examples / self.train.global_batch_size)
+        return min(by_examples, self.train.max_steps or by_examples)
 
     def _step(self, position: Position, order: np.ndarray) -> Step:
         batch_size = self.batch_sizes.at(position.step + 1)

@@ -13,14 +13,16 @@ class StepSums(NamedTuple):
     Attributes:
         loss: mean over the global batch.
         stop: number of ranks that were asked to stop.
-        local_squares: mean over the ranks of the squared norm of a rank's own mean gradient; 0 unless measured.
-        overflow: number of ranks whose gradients are not finite; looked for in half precision only. The step is to be
-            skipped when there is one.
+        local_squares: sum over the ranks that have examples of the squared norm of a rank's own mean gradient; 0 unless
+            measured.
+        overflow: number of findings of losses or gradients that are not finite; looked for in half precision and with
+            train.on_nonfinite=skip. The step is to be skipped when there is one.
         whole_squares: squared norm of the gradient that is applied, before clipping; 0 unless measured.
         wire_bytes: what this rank has sent, of each bucket.
         gradient_cosine: of the angle between the true mean gradient and the one that is applied; 0 unless measured.
         residual_norm: root of the sum over the ranks of their residuals' squares; 0 unless measured.
         loss_scale: of this step.
+        skipped_steps: of the run so far, this one included.
         staleness: most steps that a worker of a parameter server was ahead of the slowest one.
     """
 
@@ -33,4 +35,5 @@ class StepSums(NamedTuple):
     gradient_cosine: SupportsFloat = 0.0
     residual_norm: SupportsFloat = 0.0
     loss_scale: SupportsFloat = 1.0
+    skipped_steps: SupportsFloat = 0
     staleness: SupportsFloat = 0.0

@@ -23,6 +23,7 @@ from common.config import (
     MnistConfig,
     Mode,
     ModelConfig,
+    OnNonfinite,
     ParameterServerConfig,
     PipelineConfig,
     PowerSGDConfig,
@@ -49,7 +50,7 @@ _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], float, str]] = {
     "train.log_every": (operator.ge, 1, "at least 1"),
     "train.checkpoint_every": (operator.ge, 0, "at least 0; 0 means one at the end"),
     "train.keep_checkpoints": (operator.ge, 1, "at least 1"),
-    "train.max_batch_size": (operator.ge, 0, "at least 0; 0 means without bound"),
+    "train.max_batch_size": (operator.ge, 0, "at least 0; 0 means up to the number of examples"),
     "optimizer.lr": (operator.gt, 0, "greater than 0; 0.1 is usual for sgd, 0.001 for adamw"),
     "optimizer.momentum": (operator.ge, 0, "at least 0; 0 means plain gradient descent"),
     "optimizer.beta1": (operator.ge, 0, "at least 0"),
@@ -190,6 +191,8 @@ def _server_problems(parallel: ParameterServerConfig, cfg: RunConfig) -> Iterato
             f"compression={name}: is made for sums over all ranks; a push to a server can be compressed with "
             "fp16|bf16|int8|qsgd|terngrad|sign"
         )
+    if is_async and cfg.train.on_nonfinite is OnNonfinite.skip:
+        yield "train.on_nonfinite=skip: all ranks skip the same step, and async workers are at different ones; use stop"
     if is_async and cfg.precision.compute_dtype is Dtype.float16:
         yield "precision=fp16: all ranks skip the same step, and async workers are at different ones; use bf16|fp32"
 
@@ -227,6 +230,11 @@ def _compression_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
         yield f"compression={name}: adasum needs the gradients as they are; use compression=none or op=average"
     if cfg.op is ReduceOp.adasum and cfg.train.measures_noise:
         yield "op=adasum: the gradient noise scale is that of a mean; use train.batch_schedule=constant|steps"
+    if name != "none" and cfg.train.measures_noise:
+        yield (
+            f"compression={name}: train.batch_schedule=noise_scale compares exact gradients; use compression=none, or "
+            "train.batch_schedule=constant|steps"
+        )
     if name != "none" and cfg.precision.dtype is not Dtype.float32:
         yield f"precision={cfg.precision.name}: compressors work in fp32; use precision=fp32|bf16, or compression=none"
     if "fp16" in (name, *getattr(compression, "candidates", ())) and cfg.precision.compute_dtype is Dtype.float16:

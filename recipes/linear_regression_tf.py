@@ -91,6 +91,7 @@ def train(cfg: LinearRegressionConfig) -> dict[str, Any]:
         topology = validate(cfg, topology)
     train_set = linear.load(cfg.data, cfg.seed)
     solution = train_set.least_squares()
+    runtime.check_alike(cfg, train_set.fingerprint)
     cfg.run.dir = runtime.from_rank_zero(new_folder(cfg, RECIPE))
 
     runtime.seed(cfg.seed, topology)
@@ -103,7 +104,7 @@ def train(cfg: LinearRegressionConfig) -> dict[str, Any]:
     plan = Plan.of(cfg, len(train_set), topology, checkpoints.restore())
     train_step = make_train_step(model, optimizer, gradients, cfg)
 
-    run = Run(cfg, RECIPE, plan)
+    run = Run(cfg, RECIPE, plan, runtime)
     for step, batch in run.steps(train_set):
         lr = learning_rate(step, cfg)
         optimizers.set_learning_rate(optimizer, lr)

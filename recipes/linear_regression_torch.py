@@ -80,6 +80,7 @@ def train(cfg: LinearRegressionConfig) -> dict[str, Any]:
         topology = validate(cfg, topology)
     train_set = linear.load(cfg.data, cfg.seed)
     solution = train_set.least_squares()
+    runtime.check_alike(cfg, train_set.fingerprint)
     cfg.run.dir = runtime.from_rank_zero(new_folder(cfg, RECIPE))
 
     runtime.seed(cfg.seed, topology)
@@ -91,7 +92,7 @@ def train(cfg: LinearRegressionConfig) -> dict[str, Any]:
     checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer, gradients), runtime, topology)
     plan = Plan.of(cfg, len(train_set), topology, checkpoints.restore())
 
-    run = Run(cfg, RECIPE, plan)
+    run = Run(cfg, RECIPE, plan, runtime)
     for step, batch in run.steps(train_set):
         lr = learning_rate(step, cfg)
         optimizers.set_learning_rate(optimizer, lr)

@@ -98,6 +98,7 @@ def train(cfg: MnistMLPConfig) -> dict[str, Any]:
     with runtime.joint_check():
         images, test_set = datasets.load_images(cfg.data)
     train_set = Augmented(images, cfg.data, cfg.seed)
+    runtime.check_alike(cfg, train_set.fingerprint)
     cfg.run.dir = runtime.from_rank_zero(new_folder(cfg, RECIPE))
 
     runtime.seed(cfg.seed, topology)
@@ -111,7 +112,7 @@ def train(cfg: MnistMLPConfig) -> dict[str, Any]:
     weights = runtime.to_tensor(class_weights(cfg.data, images), cfg.precision)
     train_step = make_train_step(model, partial(sum_of_losses, class_weights=weights), optimizer, gradients, cfg)
 
-    run = Run(cfg, RECIPE, plan)
+    run = Run(cfg, RECIPE, plan, runtime)
     for step, batch in run.steps(train_set):
         lr = learning_rate(step, cfg)
         optimizers.set_learning_rate(optimizer, lr)

@@ -107,6 +107,7 @@ def train(cfg: TransformerLMConfig) -> dict[str, Any]:
         datasets.prepare(cfg.data, topology)
     with runtime.joint_check():
         corpus = datasets.load_text(cfg.data, cfg.model.context)
+    runtime.check_alike(cfg, corpus.train.fingerprint)
     cfg.run.dir = runtime.from_rank_zero(new_folder(cfg, RECIPE))
 
     runtime.seed(cfg.seed, topology)
@@ -122,7 +123,7 @@ def train(cfg: TransformerLMConfig) -> dict[str, Any]:
     plan = Plan.of(cfg, len(corpus.train), topology, checkpoints.restore())
     train_step = make_train_step(model, optimizer, gradients, cfg)
 
-    run = Run(cfg, RECIPE, plan)
+    run = Run(cfg, RECIPE, plan, runtime)
     for step, batch in run.steps(corpus.train):
         lr = learning_rate(step, cfg)
         optimizers.set_learning_rate(optimizer, lr)

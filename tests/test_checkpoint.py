@@ -2,8 +2,6 @@
 
 import json
 import threading
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +13,12 @@ from common.config import ConfigError
 from common.sharding import Plan
 from common.step_sums import StepSums
 from common.stopping import Stopped
-from common.topology import Topology
+from tests.one_rank import ALONE, OneRank
 
 import numpy as np
 import pytest
 
-ALONE = Topology(0, 1, 0, 1)
 SUMS = StepSums(0.5, 0, 0, 0)
-
-
-class OneRank:
-    """The runtime of a job of one rank."""
-
-    def init(self, process_sets: Iterable[Sequence[int]] = ()) -> Topology:
-        return ALONE
-
-    def joint_check(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def from_rank_zero(self, value: Any) -> Any:
-        return value
-
-    def shutdown(self) -> None: ...
-
-    def is_lost_rank(self, error: BaseException) -> bool:
-        return False
 
 
 class Numbers:

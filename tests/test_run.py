@@ -9,10 +9,12 @@ from typing import Any
 from common.buckets import Bucket
 from common.composition import compose
 from common.datasets.linear import Measurements
-from common.run import Run, TrainingError
+from common.errors import TrainingError
+from common.run import Run
 from common.sharding import Plan
 from common.step_sums import StepSums
 from common.topology import Topology
+from tests.one_rank import OneRank
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ def record(folder: Path, rank: int = 0, loss: float = 0.5, restored: Mapping[str
     overrides = [f"run.dir={folder}", "train.global_batch_size=5", "train.epochs=1", "train.log_every=1"]
     cfg = compose("mnist_mlp", [*overrides, "data.ledger=true"])
     plan = Plan.of(cfg, 10, Topology(rank, 2, rank, 2), restored)
-    run = Run(cfg, "some_recipe_torch", plan)
+    run = Run(cfg, "some_recipe_torch", plan, OneRank())
     for step, _ in run.steps(NUMBERS):
         run.record(step, 0.1, StepSums(loss, 0, 0, 0, wire_bytes=[1000]))
     run.log(step, test_loss=0.25)
@@ -70,7 +72,8 @@ def test_rank_zero_leaves_the_files_of_the_contract(tmp_path: Path, capsys: pyte
     assert scalars == [*((step, name) for step in (1, 2) for name in of_step), (2, "test_loss")]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("some_recipe_torch: 2 ranks, 10 examples")
-    assert lines[1].startswith("step 1  epoch 1  50 %  lr 0.1  train_loss 0.5")
+    assert lines[1].startswith("note: lr_schedule.warmup_steps=20: the run has 2 steps, and ends before")
+    assert lines[2].startswith("step 1  epoch 1  50 %  lr 0.1  train_loss 0.5")
     assert lines[-1].endswith(str(tmp_path))
 
 

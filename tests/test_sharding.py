@@ -27,7 +27,7 @@ def plans(world_size: int, num_examples: int, start: Position = BEGINNING, seed:
     }
     cfg = TrainConfig(max_batch_size=0, **values)
     ranks = [Topology(rank, world_size, rank, world_size) for rank in range(world_size)]
-    return [Plan(cfg, num_examples, seed, topology, BatchSizes(cfg), start) for topology in ranks]
+    return [Plan(cfg, num_examples, seed, topology, BatchSizes(cfg, num_examples), start) for topology in ranks]
 
 
 def epoch_of(steps: Iterable[Step], epoch: int) -> np.ndarray:

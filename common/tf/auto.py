@@ -31,8 +31,8 @@ class _Measure:
     topology: Topology
 
     def compute_seconds(self) -> float:
-        batch_size = max(1, self.cfg.train.global_batch_size // self.topology.num_replicas)
-        inputs = runtime.to_tensor(self.examples.take(np.arange(batch_size))[0], self.cfg.precision)
+        share = max(1, self.cfg.train.global_batch_size // self.topology.num_replicas)
+        inputs = runtime.to_tensor(self.examples.take(np.arange(min(share, len(self.examples))))[0], self.cfg.precision)
         weights = [variable.value for variable in self.model.trainable_variables]
 
         @tf.function

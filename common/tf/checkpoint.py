@@ -135,9 +135,9 @@ class State:
 
     def _place(self, kind: str, index: int) -> tuple[str, tuple[int, ...]]:
         """The name of a variable, and how the axes of its state of a kind lie in PyTorch's."""
-        variable = self._stage.trainable_variables[index]
-        axes = _axes(variable) if kind in SUMMED else None
-        return names(self._stage)[index], axes or tuple(range(2 if kind not in SUMMED else len(variable.shape)))
+        variable, is_factor = self._stage.trainable_variables[index], kind == "factor"
+        axes = None if is_factor else _axes(variable)
+        return names(self._stage)[index], axes or tuple(range(2 if is_factor else len(variable.shape)))
 
 
 def load_weights(model: keras.Model, arrays: Mapping[str, np.ndarray]) -> None:

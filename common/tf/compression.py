@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from common.buckets import allreduce_bytes
-from common.compression import CHUNK, GROUP, chunk_sizes, piece_size
+from common.compression import CHUNK, GROUP, LARGEST_HALF, chunk_sizes, piece_size
 from common.config import CompressionConfig, DGCConfig, LossyConfig, SparseConfig, WireValues
 from common.tf import runtime
 from common.topology import Topology
@@ -260,7 +260,7 @@ class Sparse(Compressor):
     def exchange(self, values: tf.Tensor, step: tf.Tensor) -> Exchanged:
         """Sends int32 places and values."""
         places = self.choose(values, step)
-        sent = tf.cast(tf.gather(values, places), self.dtype)
+        sent = to_wire(tf.gather(values, places), self.dtype)
         message = tf.concat([as_bytes(places[None]), as_bytes(sent[None])], 1)
         received = self.unit.channel.allgather(message)
         summed = tf.zeros_like(values)
@@ -334,6 +334,39 @@ class TwoLevel(Compressor):
         return result._replace(summed=summed, num_bytes=result.num_bytes + tf.cast(self._host.num_bytes, tf.float64))
 
 
+class PlainMomentum:
+    """The momentum of weights that travel uncompressed with DGC, whose velocity takes the place of the optimizer's.
+
+    Args:
+        momentum: of the velocity.
+        shapes: of the gradients, by index.
+
+    Attributes:
+        velocities: by index; the same on all ranks.
+    """
+
+    def __init__(self, momentum: float, shapes: Mapping[int, tuple[int, ...]]) -> None:
+        self._momentum = momentum
+        self.velocities = {index: tf.Variable(tf.zeros(shape), trainable=False) for index, shape in shapes.items()}
+
+    def apply(self, gradients: Sequence[tf.Tensor], is_skipped: tf.Tensor) -> list[tf.Tensor]:
+        """The exchanged gradients of all variables, with the velocity in the place of some."""
+        results = list(gradients)
+        for index, velocity in self.velocities.items():
+            results[index] = self._momentum * velocity + gradients[index]
+            velocity.assign(tf.where(is_skipped, velocity, results[index]))
+        return results
+
+    def state(self) -> dict[int, tf.Tensor]:
+        """The velocities by index."""
+        return {index: velocity.value() for index, velocity in self.velocities.items()}
+
+    def load(self, state: Mapping[int, np.ndarray]) -> None:
+        """Takes over what state() gave."""
+        for index, velocity in self.velocities.items():
+            velocity.assign(state[index])
+
+
 def build(cfg: LossyConfig, unit: Unit, topology: Topology) -> Compressor:
     """The method of the configuration with what is wrapped around it."""
     compressor: Compressor = importlib.import_module(f"common.tf.compressors.{cfg.name}").Compressor(cfg, unit)
@@ -382,6 +415,12 @@ def scatter_add(values: tf.Tensor, places: tf.Tensor, added: tf.Tensor) -> tf.Te
 def wire_dtype(values: WireValues) -> tf.DType:
     """The dtype of values on the wire."""
     return tf.float16 if values is WireValues.fp16 else tf.float32
+
+
+def to_wire(values: tf.Tensor, dtype: tf.DType, num_ranks: int = 1) -> tf.Tensor:
+    """Float32 values in the dtype in which they travel; in half precision, sums over the ranks do not overflow."""
+    largest = LARGEST_HALF / num_ranks
+    return tf.cast(tf.clip_by_value(values, -largest, largest) if dtype == tf.float16 else values, dtype)
 
 
 def padded(values: tf.Tensor, size: int) -> tf.Tensor:

@@ -7,11 +7,11 @@ from typing import Self
 from common import buckets
 from common.buckets import Bucket
 from common.compression import local_clip_norm
-from common.config import CompressionConfig, LossyConfig, ReduceOp, RunConfig
+from common.config import CompressionConfig, DGCConfig, LossyConfig, OnNonfinite, ReduceOp, RunConfig
 from common.precision import LossScale
 from common.step_sums import NUM_RIDERS, StepSums
 from common.tf import compression, runtime
-from common.tf.compression import Adasum, Channel, Compressor, Dense, Exchanged, Unit
+from common.tf.compression import Adasum, Channel, Compressor, Dense, Exchanged, PlainMomentum, Unit
 from common.tf.stage import Stage
 from common.topology import Topology
 
@@ -57,6 +57,7 @@ class Gradients:
         dtype: of the gradients.
         bucket_bytes: largest size of a bucket of several gradients.
         tied: numbers of the gradients of variables that other stages have, too, each with all ranks that have it.
+        skip_nonfinite: looks for losses and gradients that are not finite; StepSums.overflow then tells of them.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Gradients:
         dtype: str = "float32",
         bucket_bytes: int = buckets.BUCKET_BYTES,
         tied: Iterable[tuple[int, Sequence[int]]] = (),
+        skip_nonfinite: bool = False,
     ) -> None:
         self._topology, self._tied = topology, list(tied)
         self._measure_noise = measure_noise
@@ -79,16 +81,19 @@ class Gradients:
         has_feedback = isinstance(compression, LossyConfig) and compression.error_feedback
         self._local_clip_norm = local_clip_norm(clip_norm, topology.world_size) if has_feedback else 0.0
         self._loss_scale = loss_scale or LossScale()
+        self._seeks_nonfinite = self._loss_scale.is_dynamic or skip_nonfinite
         self._dtype = tf.as_dtype(dtype)
-        # Steps made, loss scale, and steps since it changed; the same on all ranks.
-        self.counters = tf.Variable([0.0, self._loss_scale.value, 0.0], dtype=tf.float64, trainable=False)
+        # Steps made, loss scale, steps since it changed, steps skipped; the same on all ranks.
+        self.counters = tf.Variable([0.0, self._loss_scale.value, 0.0, 0.0], dtype=tf.float64, trainable=False)
         self._shapes = [tuple(shape) for shape in shapes]
-        self.buckets = buckets.of_model(self._shapes, self._dtype.size, compression, op, bucket_bytes)
+        not_compressed = [number for number, _ in self._tied]
+        self.buckets = buckets.of_model(self._shapes, self._dtype.size, compression, op, bucket_bytes, not_compressed)
         self._dense: list[Compressor] = []
         self._compressors: dict[int, Compressor] = {}  # of buckets that are not summed as they are
         if len(topology.group) > 1 or isinstance(compression, LossyConfig):
             for number, bucket in enumerate(self.buckets):
                 self._add_compressor(number, bucket)
+        self._momentum = self._plain_momentum()
 
     @classmethod
     def of(cls, cfg: RunConfig, model: Stage, topology: Topology) -> Self:
@@ -105,6 +110,7 @@ class Gradients:
             cfg.seed,
             cfg.precision.dtype.name,
             tied=model.tied,
+            skip_nonfinite=cfg.train.on_nonfinite is OnNonfinite.skip,
         )
 
     def _add_compressor(self, number: int, bucket: Bucket) -> None:
@@ -120,6 +126,14 @@ class Gradients:
             channel = Channel(f"{name}.{bucket.method}", runtime.process_set(ranks))
             unit = Unit(number, shapes, channel, self._seed)
             self._compressors[number] = compression.build(self._compression, unit, self._topology)
+
+    def _plain_momentum(self) -> PlainMomentum | None:
+        """The momentum of what DGC leaves uncompressed."""
+        cfg = self._compression
+        if not isinstance(cfg, DGCConfig) or not cfg.momentum:
+            return None
+        plain = [index for bucket in self.buckets if bucket.method != cfg.name for index in bucket.members]
+        return PlainMomentum(cfg.momentum, {index: self._shapes[index] for index in plain})
 
     @property
     def loss_scale(self) -> tf.Tensor | float:
@@ -141,12 +155,12 @@ class Gradients:
         """
         share, zero = tf.cast(share, self._dtype), tf.zeros((), self._dtype)
         gradients = [gradient / self.loss_scale for gradient in gradients] if self._loss_scale.is_dynamic else gradients
-        overflow = tf.cast(~all_finite(gradients), self._dtype) if self._loss_scale.is_dynamic else zero
+        overflow = tf.cast(~all_finite([loss, *gradients]), self._dtype) if self._seeks_nonfinite else zero
         gradients = clip_global_norm(gradients, self._local_clip_norm)
         # The gradients are sums over this rank's examples, divided by the global batch's size.
         squares = tf.math.divide_no_nan(squared_norm(gradients), share**2) if self._measure_noise else zero
         loss, stop = tf.cast(loss, self._dtype), tf.cast(stop, self._dtype)
-        riders = tf.stack([loss, stop, squares / self._topology.num_replicas, overflow])
+        riders = tf.stack([loss, stop, squares, overflow])
         sent = [self._flat([gradients[index] for index in bucket.members]) for bucket in self._sent_buckets]
         results = [self._exchanged(number, flat, riders, share) for number, flat in enumerate(sent)]
         if results:
@@ -160,7 +174,9 @@ class Gradients:
         measured = squared_norm(gradients) if self._measure_noise else zero
         bytes_sent = tuple(result.num_bytes for result in results)
         cosine, residual_norm = self._health(sent, results)
-        measures = (measured, bytes_sent, cosine, residual_norm, loss_scale)
+        if self._momentum:
+            gradients = self._momentum.apply(gradients, overflow > 0)
+        measures = (measured, bytes_sent, cosine, residual_norm, loss_scale, self.counters[3])
         return StepSums(loss, stop, local_squares, overflow, *measures), list(gradients)
 
     def clip_global_norm(self, gradients: Sequence[tf.Tensor], max_norm: float) -> list[tf.Tensor]:
@@ -189,7 +205,7 @@ class Gradients:
         for number, compressor in self._compressors.items():
             for name, tensors in compressor.state().items():
                 state.setdefault(name, {}).update(zip(self.buckets[number].members, tensors, strict=True))
-        return state
+        return state | ({"momentum": self._momentum.state()} if self._momentum else {})
 
     def load(self, state: Mapping[str, Mapping[int, np.ndarray]]) -> None:
         """Takes over what state() gave."""
@@ -197,11 +213,14 @@ class Gradients:
             names = compressor.state()
             members = self.buckets[number].members
             compressor.load({name: [state[name][index] for index in members] for name in names})
+        if self._momentum:
+            self._momentum.load(state["momentum"])
 
     @property
     def variables(self) -> list[tf.Variable]:
         """The compressors' state."""
-        return [variable for compressor in self._compressors.values() for variable in compressor.variables]
+        of_momentum = list(self._momentum.velocities.values()) if self._momentum else []
+        return [*(one for compressor in self._compressors.values() for one in compressor.variables), *of_momentum]
 
     @property
     def share_of_state(self) -> float:
@@ -211,10 +230,10 @@ class Gradients:
             return 1 / len(self._topology.group)
         return 1 / len(self._topology.first_ranks_of_hosts) if self._topology.local_rank == 0 else 0.0
 
-    def set_counters(self, num_steps: float, scale: float, good_steps: float) -> None:
-        """Takes over counters; the loss scale where there is one."""
-        is_dynamic = self._loss_scale.is_dynamic
-        self.counters.assign([num_steps, scale, good_steps] if is_dynamic else [num_steps, 1.0, 0.0])
+    def set_counters(self, num_steps: float, scale: float, good_steps: float, skipped_steps: float = 0.0) -> None:
+        """Takes over counters; the loss scale where there is one. Older checkpoints lack the last of them."""
+        of_scale = [scale, good_steps] if self._loss_scale.is_dynamic else [1.0, 0.0]
+        self.counters.assign([num_steps, *of_scale, skipped_steps])
 
     @property
     def _sent_buckets(self) -> list[Bucket]:
@@ -273,7 +292,7 @@ class Gradients:
         for number, compressor in self._compressors.items():
             for variable, new in zip(compressor.variables, results[number].state, strict=True):
                 variable.assign(tf.where(overflow, variable, new))
-        num_steps, scale, good_steps = tf.unstack(self.counters)
+        num_steps, scale, good_steps, skipped_steps = tf.unstack(self.counters)
         if self._loss_scale.is_dynamic:  # LossScale.update in common/precision.py
             is_grown = good_steps + 1 >= self._loss_scale.growth_steps
             good = tf.stack(
@@ -281,7 +300,9 @@ class Gradients:
             )
             bad = tf.stack([tf.maximum(scale / 2, 1), tf.zeros_like(scale)])
             scale, good_steps = tf.unstack(tf.where(overflow, bad, good))
-        self.counters.assign([num_steps + 1, scale, good_steps])
+        if self._seeks_nonfinite:
+            skipped_steps += tf.cast(overflow, tf.float64)
+        self.counters.assign([num_steps + 1, scale, good_steps, skipped_steps])
 
     def _health(self, sent: Sequence[tf.Tensor], results: Sequence[Exchanged]) -> tuple[tf.Tensor, tf.Tensor]:
         """The cosine to the true gradient and the norm of all residuals; by an uncompressed exchange."""
@@ -306,9 +327,9 @@ class Gradients:
         return cosine, tf.sqrt(squares)
 
 
-def all_finite(gradients: Sequence[tf.Tensor]) -> tf.Tensor:
+def all_finite(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
     """() bool, whether no value is infinite or not a number."""
-    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(gradient)) for gradient in gradients])
+    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tensors])
 
 
 def squared_norm(gradients: Sequence[tf.Tensor]) -> tf.Tensor:

@@ -13,9 +13,9 @@ from typing import Any
 
 from common.buckets import Bucket
 from common.compression import local_clip_norm
-from common.config import ConfigError, LossyConfig, ParameterServerConfig, RunConfig
+from common.config import ConfigError, LossyConfig, OnNonfinite, ParameterServerConfig, RunConfig
+from common.errors import TrainingError
 from common.precision import LossScale
-from common.run import TrainingError
 from common.service import NOT_FINITE, Answer, Push, Service, waits
 from common.step_sums import StepSums
 from common.tf import optimizers, runtime
@@ -45,7 +45,9 @@ class ServedGradients(Gradients):
         self, cfg: RunConfig, parallel: ParameterServerConfig, stage: Stage, optimizer: ServedOptimizer
     ) -> None:
         shapes, dtype = [variable.shape for variable in stage.trainable_variables], cfg.precision.dtype.name
-        super().__init__(shapes, Topology(0, 1, 0, 1), loss_scale=LossScale.of(cfg.precision), dtype=dtype)
+        skips = cfg.train.on_nonfinite is OnNonfinite.skip
+        alone, scale = Topology(0, 1, 0, 1), LossScale.of(cfg.precision)
+        super().__init__(shapes, alone, loss_scale=scale, dtype=dtype, skip_nonfinite=skips)
         self._topology, self._optimizer, self._transfers = stage.topology, optimizer, stage.transfers
         self._waits = waits(parallel)
         self._weights = optimizer.flat
@@ -120,8 +122,16 @@ class Worker(ServedGradients):
         if self._residual is not None and not first.overflow:
             self._residual.assign(errors)
         self._keep_state([], tf.constant(first.overflow > 0))
-        sent = [len(message) for message in messages]
-        return StepSums(first.loss, first.stop, 0.0, first.overflow, wire_bytes=sent, loss_scale=loss_scale), []
+        sums = StepSums(
+            first.loss,
+            first.stop,
+            0.0,
+            first.overflow,
+            wire_bytes=[len(message) for message in messages],
+            loss_scale=loss_scale,
+            skipped_steps=self.counters[3],
+        )
+        return sums, []
 
     def settle(self) -> None:
         """Gives all ranks the newest weights."""
@@ -143,7 +153,8 @@ class Worker(ServedGradients):
         overflow = tf.zeros((), tf.bool)
         if self._loss_scale.is_dynamic:
             gradients = [gradient / self.loss_scale for gradient in gradients]
-            overflow = ~all_finite(gradients)
+        if self._seeks_nonfinite:
+            overflow = ~all_finite([loss, *gradients])
         rows = self._weights.rows(clip_global_norm(gradients, self._local_clip_norm))
         if self._residual is not None:
             rows += self._residual
@@ -189,7 +200,7 @@ class Server(ServedGradients):
             self._piece.take_weights()
         sums = self._service.serve(bool(stop), float(self.counters[1]))
         self._keep_state([], tf.constant(float(sums.overflow) > 0))
-        return sums, []
+        return sums._replace(skipped_steps=self.counters[3]), []
 
     def next_push(self) -> tuple[int, Push, tf.Tensor]:
         """The next worker whose push arrives, what it says, and its gradients (P,)."""

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from common import agreement, array_exchange, host
+from common import agreement, array_exchange, host, provenance
 from common.array_exchange import Arrays
-from common.config import PrecisionConfig
+from common.config import PrecisionConfig, RunConfig
 from common.topology import Topology
 
 import horovod.tensorflow as hvd
@@ -33,14 +34,25 @@ def init(process_sets: Iterable[Sequence[int]] = ()) -> Topology:
     host.set_cycle_time(bool(_process_sets))
     hvd.init(process_sets=list(_process_sets.values()))
     topology = _topology()
+    if topology.world_size == 1:
+        host.refuse_other_launchers()
     num_threads = topology.num_threads(host.num_cores())
     if "TF_NUM_INTRAOP_THREADS" not in os.environ:
         tf.config.threading.set_intra_op_parallelism_threads(num_threads)
     if "TF_NUM_INTEROP_THREADS" not in os.environ:
         tf.config.threading.set_inter_op_parallelism_threads(num_threads)
     gpus = tf.config.list_physical_devices("GPU")
-    tf.config.set_visible_devices(gpus[topology.local_rank : topology.local_rank + 1], "GPU")
+    if gpus:
+        _take_gpu(gpus, topology)
     return topology
+
+
+def _take_gpu(gpus: Sequence[Any], topology: Topology) -> None:
+    """Hides all GPUs but this rank's; a task may see all of its host, or its own alone."""
+    number = topology.local_rank % len(gpus)
+    tf.config.set_visible_devices(gpus[number], "GPU")
+    name = f"{socket.gethostname()} {os.environ.get('CUDA_VISIBLE_DEVICES')} {number}"
+    host.say_who_shares(gather_json(name), topology.rank)
 
 
 def _topology() -> Topology:
@@ -96,6 +108,14 @@ def joint_check() -> AbstractContextManager[None]:
     return agreement.joint_check(gather_json)
 
 
+def check_alike(cfg: RunConfig, fingerprint: str) -> None:
+    """Raises a ConfigError on all ranks where they were not started alike (common/provenance.py)."""
+    num_threads = int(
+        os.environ.get("TF_NUM_INTRAOP_THREADS") or tf.config.threading.get_intra_op_parallelism_threads()
+    )
+    agreement.check_alike(provenance.facts(cfg, fingerprint, num_threads), gather_json)
+
+
 def from_rank_zero(value: Any) -> Any:
     """Rank 0's value on all ranks."""
     return gather_json(value)[0]
@@ -114,8 +134,20 @@ def broadcast_state(
     others: Iterable[tf.Variable] = (),
     ranks: Sequence[int] | None = None,
 ) -> None:
-    """Gives all ranks, or some, the first one's weights, optimizer state and others, a message per dtype."""
-    ranks = range(hvd.size()) if ranks is None else ranks
+    """Gives all ranks the first one's weights, optimizer state, learning rate and others, a message per dtype.
+
+    A rank may have no optimizer state yet: it gets what rank 0 has.
+
+    Args:
+        model: whose weights they are.
+        optimizer: of the model.
+        others: variables that all ranks have, alike in shape.
+        ranks: some that have optimizers with the same state already, of which only the values are sent.
+    """
+    if ranks is None:
+        ranks = range(hvd.size())
+        if not optimizer.built:
+            optimizer.build(model.trainable_variables)
     if len(ranks) == 1:
         return
     variables = [*model.weights, *optimizer.variables, *others]

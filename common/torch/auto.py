@@ -31,8 +31,8 @@ class _Measure:
     topology: Topology
 
     def compute_seconds(self) -> float:
-        batch_size = max(1, self.cfg.train.global_batch_size // self.topology.num_replicas)
-        inputs = self.examples.take(np.arange(batch_size))[0]
+        share = max(1, self.cfg.train.global_batch_size // self.topology.num_replicas)
+        inputs = self.examples.take(np.arange(min(share, len(self.examples))))[0]
         tensor = runtime.to_tensor(inputs, self.cfg.precision, runtime.device(self.topology))
         return median_seconds(lambda: self.model(tensor).sum().backward())
 
@@ -51,5 +51,5 @@ class _Measure:
         return Estimate(method, median_seconds(exchange), sum(map(float, exchange().wire_bytes)))
 
     def allreduce_seconds(self, num_values: int) -> float:
-        values = torch.zeros(num_values)
+        values = torch.zeros(num_values, device=runtime.device(self.topology))
         return median_seconds(lambda: hvd.allreduce(values, name=f"probe.{num_values}", op=hvd.Sum))

@@ -7,12 +7,12 @@ import importlib
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from common.buckets import allreduce_bytes
-from common.compression import CHUNK, GROUP, adasum_weights, piece_size
+from common.compression import CHUNK, GROUP, LARGEST_HALF, adasum_weights, piece_size
 from common.config import CompressionConfig, DGCConfig, LossyConfig, SparseConfig, WireValues
 from common.topology import Topology
 from common.torch import runtime
@@ -151,7 +151,7 @@ class Dense(Compressor):
             sum(self.unit.lengths) * values.element_size(), self.unit.channel.size
         )
         summed = yield handle
-        return summed, torch.zeros(())
+        return summed, values.new_zeros(())
 
 
 class Codec(Compressor):
@@ -229,7 +229,7 @@ class Sparse(Compressor):
     def exchange(self, values: Tensor, step: int) -> Exchange:
         """Sends int32 places and values."""
         places = self.choose(values, step)
-        sent = values[places].to(self.dtype)
+        sent = to_wire(values[places], self.dtype)
         message = torch.cat([places.to(torch.int32).view(torch.uint8), sent.view(torch.uint8)])
         received = (yield self.unit.channel.allgather(message)).view(self.unit.channel.size, -1)
         summed = torch.zeros_like(values)
@@ -267,7 +267,7 @@ class Adasum(Compressor):
             combined = [factor[:, 0] * a + factor[:, 1] * b for (a, b), factor in zip(pairs, factors, strict=True)]
             level = combined + level[2 * len(pairs) :]
         summed = yield channel.allgather(level[0])
-        return summed[: len(values)], torch.zeros(())
+        return summed[: len(values)], values.new_zeros(())
 
 
 class ErrorFeedback(Compressor):
@@ -298,7 +298,7 @@ class TwoLevel(Compressor):
     def exchange(self, values: Tensor, step: int) -> Exchange:
         """Allreduce in the host, the inner exchange, broadcast in the host."""
         self._host.begin()
-        summed, error = (yield self._host.allreduce(values)), torch.zeros(())
+        summed, error = (yield self._host.allreduce(values)), values.new_zeros(())
         if self._is_first:
             summed, error = yield from self._inner.exchange(summed, step)
         summed = yield self._host.broadcast(summed)
@@ -308,6 +308,29 @@ class TwoLevel(Compressor):
     def num_bytes(self) -> int:
         """Within the host and between hosts."""
         return super().num_bytes + self._host.num_bytes
+
+
+class PlainMomentum:
+    """The momentum of weights that travel uncompressed with DGC, whose velocity takes the place of the optimizer's.
+
+    Args:
+        momentum: of the velocity.
+        parameters: by index.
+
+    Attributes:
+        velocities: by index; the same on all ranks.
+    """
+
+    def __init__(self, momentum: float, parameters: Mapping[int, Tensor]) -> None:
+        self._momentum, self._parameters = momentum, parameters
+        self.velocities = {index: torch.zeros_like(parameter) for index, parameter in parameters.items()}
+
+    def apply(self) -> None:
+        """Puts the velocity in the place of each exchanged gradient."""
+        for index, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                self.velocities[index].mul_(self._momentum).add_(parameter.grad)
+                parameter.grad.copy_(self.velocities[index])
 
 
 def build(cfg: LossyConfig, unit: Unit, topology: Topology) -> Compressor:
@@ -387,6 +410,12 @@ def from_bytes(rows: Tensor, dtype: torch.dtype) -> Tensor:
 def wire_dtype(values: WireValues) -> torch.dtype:
     """The dtype of values on the wire."""
     return torch.float16 if values is WireValues.fp16 else torch.float32
+
+
+def to_wire(values: Tensor, dtype: torch.dtype, num_ranks: int = 1) -> Tensor:
+    """Float32 values in the dtype in which they travel; in half precision, sums over the ranks do not overflow."""
+    largest = LARGEST_HALF / num_ranks
+    return (values.clamp(-largest, largest) if dtype is torch.float16 else values).to(dtype)
 
 
 def _padded(values: Tensor, size: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The optimizers of conf/optimizer as PyTorch has them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any, Protocol
 
 from common.config import AdamWConfig, OptimizerConfig, SGDConfig
@@ -28,8 +28,7 @@ class AdamW(torch.optim.AdamW):
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of the weights."""
-        num_updates = next(iter(self.state.values()))["step"]
-        if not self._freeze_step or num_updates < self._freeze_step:
+        if not self._freeze_step or max(state["step"] for state in self.state.values()) < self._freeze_step:
             super().step()
         else:
             for group in self.param_groups:
@@ -60,7 +59,7 @@ class Optimizer(Protocol):
         """Settings, such as lr."""
 
     @property
-    def state(self) -> Mapping[Any, dict[str, Any]]:
+    def state(self) -> MutableMapping[Any, dict[str, Any]]:
         """What it keeps for each parameter, and all ranks with the same weights have."""
 
     def step(self) -> Any:

@@ -14,22 +14,23 @@ from typing import Any
 from common import stopping
 from common.buckets import Bucket
 from common.compression import local_clip_norm
-from common.config import ConfigError, LossyConfig, ParameterServerConfig, RunConfig
+from common.config import ConfigError, LossyConfig, OnNonfinite, ParameterServerConfig, RunConfig
+from common.errors import TrainingError
 from common.precision import LossScale
-from common.run import TrainingError
 from common.service import NOT_FINITE, Answer, Push, Service, waits
 from common.step_sums import StepSums
 from common.topology import Topology
 from common.torch import optimizers, runtime
 from common.torch.compression import Channel, Codec, Unit
 from common.torch.gradients import Gradients
+from common.torch.norms import norm
 from common.torch.optimizers import Optimizer
 from common.torch.sharded import ServedOptimizer
 from common.torch.stage import Stage
 
 import horovod.torch as hvd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 SECONDS_BETWEEN_LOOKS = 0.0002
 
@@ -47,7 +48,9 @@ class ServedGradients(Gradients):
     def __init__(
         self, cfg: RunConfig, parallel: ParameterServerConfig, stage: Stage, optimizer: ServedOptimizer
     ) -> None:
-        super().__init__(stage.parameters(), Topology(0, 1, 0, 1), loss_scale=LossScale.of(cfg.precision))
+        skips = cfg.train.on_nonfinite is OnNonfinite.skip
+        alone, scale = Topology(0, 1, 0, 1), LossScale.of(cfg.precision)
+        super().__init__(stage.named_parameters(), alone, loss_scale=scale, skip_nonfinite=skips)
         self._topology, self._optimizer = stage.topology, optimizer
         self._waits = waits(parallel)
         self._rows = optimizer.flat.rows
@@ -97,11 +100,11 @@ class Worker(ServedGradients):
 
     def wait(self) -> StepSums:
         """Returns when the servers have answered with new weights."""
-        overflow, loss_scale = 0.0, self.loss_scale.value
-        if self.loss_scale.is_dynamic:
-            overflow = float(self._unscaled_alone())
+        overflow, loss_scale = float(self._riders[3]), self.loss_scale.value
+        if self._seeks_nonfinite:
+            overflow += float(self._unscaled_alone())
         if self._local_clip_norm:
-            self._clip(self._local_clip_norm, nn.utils.get_total_norm(self._all_values()))
+            self._clip(self._local_clip_norm, norm(self._all_values()))
         push = Push(float(self._riders[0]), float(self._riders[1]), overflow, self._optimizer.param_groups[0]["lr"])
         me, servers = self._topology.rank, self._topology.servers
         messages = [_packed(push, self._encoded(row)) for row in servers]
@@ -115,14 +118,21 @@ class Worker(ServedGradients):
         first = _unpacked(Answer, answers[0])[0]
         if not self._waits and not math.isfinite(first.loss):
             raise TrainingError(NOT_FINITE)
-        if self.loss_scale.is_dynamic:
+        if self._seeks_nonfinite:
             self.loss_scale.update(first.overflow > 0)
         if self._residual is not None and not first.overflow:  # a step that is skipped leaves nothing behind
             for server, left in self._left.items():
                 self._residual[server] = left
         self.num_steps += 1
-        sent = [len(message) for message in messages]
-        return StepSums(first.loss, first.stop, 0.0, first.overflow, wire_bytes=sent, loss_scale=loss_scale)
+        return StepSums(
+            first.loss,
+            first.stop,
+            0.0,
+            first.overflow,
+            wire_bytes=[len(message) for message in messages],
+            loss_scale=loss_scale,
+            skipped_steps=self.loss_scale.skipped_steps,
+        )
 
     def settle(self) -> None:
         """Gives all ranks the newest weights."""
@@ -166,10 +176,10 @@ class Server(ServedGradients):
     def wait(self) -> StepSums:
         """Returns when the gradients of all workers for another step have arrived and are used."""
         sums = self._service.serve(stopping.requested(), self.loss_scale.value)
-        if self.loss_scale.is_dynamic:
+        if self._seeks_nonfinite:
             self.loss_scale.update(float(sums.overflow) > 0)
         self.num_steps += 1
-        return sums
+        return sums._replace(skipped_steps=self.loss_scale.skipped_steps)
 
     def next_push(self) -> tuple[int, Push, Tensor]:
         """The next worker whose push arrives, what it says, and its gradients (P,)."""
@@ -274,6 +284,7 @@ class _Code:
 
     def decode(self, content: Tensor, step: int) -> Tensor:
         """(P,) what the bytes stand for."""
+        content = content.to(self._like.device)
         if self._codec is None or step < self._start:
             return content.view(self._like.dtype)
         return self._codec.decode(content[None], self._like.shape[1])[0]
@@ -288,8 +299,8 @@ def _size(form: type[Push] | type[Answer], num_bytes: int) -> int:
 
 
 def _packed(values: Push | Answer, content: Tensor) -> Tensor:
-    """Numbers and bytes as one message."""
-    return torch.cat([torch.tensor(values, dtype=torch.float64).view(torch.uint8), content])
+    """Numbers and bytes as one message, in the CPU's memory."""
+    return torch.cat([torch.tensor(values, dtype=torch.float64).view(torch.uint8), content.cpu()])
 
 
 def _unpacked(form: Any, message: Tensor) -> tuple[Any, Tensor]:

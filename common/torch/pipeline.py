@@ -73,7 +73,7 @@ def forward(stage: Stage, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tens
         passes.run(action)
     passes.finish()
     if not passes.outputs:
-        return torch.zeros((0, *stage.shapes[-1]), dtype=stage.dtype), targets[:0]
+        return torch.zeros((0, *stage.shapes[-1]), dtype=stage.dtype, device=inputs.device), targets[:0]
     return torch.cat(passes.outputs), targets
 
 

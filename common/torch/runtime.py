@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from common import agreement, array_exchange, host
+from common import agreement, array_exchange, host, provenance
 from common.array_exchange import Arrays
-from common.config import PrecisionConfig
+from common.config import PrecisionConfig, RunConfig
 from common.topology import Topology
 from common.torch.optimizers import Optimizer
 
@@ -28,14 +29,30 @@ def init(process_sets: Iterable[Sequence[int]] = ()) -> Topology:
     Args:
         process_sets: ranks that will exchange something among themselves; the same on all ranks.
     """
-    if not hvd.is_initialized():
-        _process_sets.update((tuple(ranks), hvd.ProcessSet(list(ranks))) for ranks in process_sets)
-        host.set_cycle_time(bool(_process_sets))
-        hvd.init(process_sets=list(_process_sets.values()))
-    topology = Topology(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
+    if hvd.is_initialized():
+        return _topology()
+    _process_sets.update((tuple(ranks), hvd.ProcessSet(list(ranks))) for ranks in process_sets)
+    host.set_cycle_time(bool(_process_sets))
+    hvd.init(process_sets=list(_process_sets.values()))
+    topology = _topology()
+    if topology.world_size == 1:
+        host.refuse_other_launchers()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(topology.num_threads(host.num_cores()))
+    if torch.cuda.is_available():
+        _take_gpu(topology)
     return topology
+
+
+def _topology() -> Topology:
+    return Topology(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size())
+
+
+def _take_gpu(topology: Topology) -> None:
+    """Makes this rank's GPU the current one."""
+    torch.cuda.set_device(device(topology))
+    of_ranks = gather_json(f"{socket.gethostname()} {torch.cuda.get_device_properties(device(topology)).uuid}")
+    host.say_who_shares(of_ranks, topology.rank)
 
 
 def process_set(ranks: Sequence[int]) -> hvd.ProcessSet:
@@ -49,8 +66,10 @@ def shutdown() -> None:
 
 
 def device(topology: Topology) -> torch.device:
-    """The GPU of this rank where there is one, else the CPU."""
-    return torch.device("cuda", topology.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    """The GPU of this rank where there is one, else the CPU; a task may see all GPUs of its host, or its own alone."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", topology.local_rank % torch.cuda.device_count())
 
 
 def dtype(cfg: PrecisionConfig) -> torch.dtype:
@@ -91,6 +110,11 @@ def joint_check() -> AbstractContextManager[None]:
     return agreement.joint_check(gather_json)
 
 
+def check_alike(cfg: RunConfig, fingerprint: str) -> None:
+    """Raises a ConfigError on all ranks where they were not started alike (common/provenance.py)."""
+    agreement.check_alike(provenance.facts(cfg, fingerprint, torch.get_num_threads()), gather_json)
+
+
 def from_rank_zero(value: Any) -> Any:
     """Rank 0's value on all ranks."""
     return gather_json(value)[0]
@@ -101,17 +125,30 @@ def sum_over_ranks(*values: float | Tensor) -> list[float]:
     return hvd.allreduce(torch.tensor(values, dtype=torch.float64), name="sum_over_ranks", op=hvd.Sum).tolist()
 
 
+@torch.no_grad()
 def broadcast_state(
     model: nn.Module,
     optimizer: Optimizer,
     others: Iterable[Tensor] = (),
     ranks: Sequence[int] | None = None,
 ) -> None:
-    """Gives all ranks, or some, the first one's weights, buffers, optimizer state and others, a message per dtype."""
-    ranks = range(hvd.size()) if ranks is None else ranks
+    """Gives all ranks the first one's weights, buffers, optimizer state, settings and others, a message per dtype.
+
+    A rank may have no optimizer state yet: it gets what rank 0 has.
+
+    Args:
+        model: whose weights and buffers they are.
+        optimizer: of the model.
+        others: tensors that all ranks have, alike in shape.
+        ranks: some that have optimizers with the same state and settings already, of which only the values are sent.
+    """
+    if ranks is None:
+        ranks = range(hvd.size())
+        if len(ranks) > 1:
+            _take_structure(optimizer)
     if len(ranks) == 1:
         return
-    state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+    state = [value for values in _states(optimizer) for value in values.values() if isinstance(value, Tensor)]
     tensors = [*model.state_dict().values(), *state, *others]
     for dtype in {tensor.dtype: None for tensor in tensors}:
         same = [tensor for tensor in tensors if tensor.dtype == dtype]
@@ -119,6 +156,54 @@ def broadcast_state(
         flat = hvd.broadcast(flat, ranks[0], name=f"state.{dtype}", process_set=process_set(ranks))
         for tensor, part in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+
+def _states(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What the optimizer keeps of each parameter, in the order of its groups."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [optimizer.state.get(parameter, {}) for parameter in parameters]
+
+
+def _take_structure(optimizer: Optimizer) -> None:
+    """Gives the optimizer rank 0's settings, and room for the state that rank 0 has."""
+    settings = [
+        {name: value.item() if isinstance(value, Tensor) else value for name, value in group.items()}
+        for group in optimizer.param_groups
+    ]
+    plain = [{name: value for name, value in group.items() if _is_plain(value)} for group in settings]
+    states = [
+        {
+            name: [str(value.dtype).partition(".")[2], value.device.type, list(value.shape)]
+            if isinstance(value, Tensor)
+            else value
+            for name, value in state.items()
+        }
+        for state in _states(optimizer)
+    ]
+    plain, states = from_rank_zero([plain, states])
+    if hvd.rank() == 0:
+        return
+    for group, of_zero in zip(optimizer.param_groups, plain, strict=True):
+        for name, value in of_zero.items():
+            group[name] = tuple(value) if isinstance(value, list) else value
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter, state in zip(parameters, states, strict=True):
+        optimizer.state[parameter] = {name: _room(value, parameter) for name, value in state.items()}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a setting is a number, a word, None, or some of them; the parameters are not."""
+    members = value if isinstance(value, list | tuple) else [value]
+    return all(member is None or isinstance(member, bool | int | float | str) for member in members)
+
+
+def _room(value: Any, parameter: Tensor) -> Any:
+    """A tensor like one of rank 0's, or what is no tensor as it is."""
+    if not isinstance(value, list):
+        return value
+    dtype, device_type, shape = value
+    device = parameter.device if device_type == parameter.device.type else torch.device(device_type)
+    return torch.zeros(shape, dtype=getattr(torch, dtype), device=device)
 
 
 def exchange_arrays(outgoing: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:

@@ -12,6 +12,7 @@ from common.array_exchange import Arrays
 from common.checkpoint import check_names_and_shapes
 from common.compression import piece_size
 from common.config import ConfigError, OptimizerConfig, RunConfig
+from common.errors import TrainingError
 from common.torch import optimizers, runtime
 from common.torch.stage import Stage
 
@@ -49,6 +50,10 @@ class FlatWeights:
             name: flat[end - parameter.numel() : end].view(parameter.shape)
             for end, (name, parameter) in zip(self._ends, self._parameters.items(), strict=True)
         }
+
+    def without_gradient(self) -> list[str]:
+        """The names of the parameters that have none."""
+        return [name for name, parameter in self._parameters.items() if parameter.grad is None]
 
     def gradients(self, row: int) -> Tensor:
         """(P,) the gradients of a row; 0 where there is none."""
@@ -88,11 +93,11 @@ class Piece:
         """The optimizer's state by its names in a checkpoint; (P,) each, and the number of updates."""
         state = self.optimizer.state
         arrays = {
-            canonical: torch.cat([state[part][name] for part in self._parts]).numpy()
+            canonical: torch.cat([state[part][name] for part in self._parts]).cpu().numpy()
             for canonical, name in optimizers.state_names(self.optimizer).items()
         }
         num_updates = state[self._parts[0]].get("step")
-        return arrays if num_updates is None else arrays | {"num_updates": num_updates.numpy()}
+        return arrays if num_updates is None else arrays | {"num_updates": num_updates.cpu().numpy()}
 
     def load(self, arrays: Arrays) -> None:
         """Takes over what state() gave."""
@@ -135,7 +140,17 @@ class ShardedOptimizer:
         return {}
 
     def step(self) -> None:
-        """Updates this rank's piece with the gradients of the weights, which all ranks have, and gathers the others."""
+        """Updates this rank's piece with the gradients of the weights, which all ranks have, and gathers the others.
+
+        Raises:
+            TrainingError: a weight has no gradient on any rank; as a part of a piece it would be changed all the same.
+        """
+        missing = self.flat.without_gradient()
+        if missing:
+            raise TrainingError(
+                f"optimizer.sharded=true: {', '.join(missing)} got no gradient on any rank, and cannot be left out of "
+                "an update; use optimizer.sharded=false, or make the loss depend on it"
+            )
         if self.piece:
             self.piece.step(self.flat.gradients(self._row))
         self.gather()
@@ -179,7 +194,7 @@ class ShardedOptimizer:
     def _rows(self, arrays: Arrays) -> list[Arrays]:
         """What of a checkpoint's optimizer state goes to each rank."""
         kinds = optimizers.state_names(self.piece.optimizer) if self.piece else {}  # rank 0 owns one
-        places = {kind: torch.zeros_like(self.flat.rows) for kind in kinds}
+        places = {kind: torch.zeros_like(self.flat.rows, device="cpu") for kind in kinds}
         views = {f"{name}.{kind}": view for kind in kinds for name, view in self.flat.views(places[kind]).items()}
         given = {name: array for name, array in arrays.items() if name != "num_updates"}
         check_names_and_shapes({name: tuple(view.shape) for name, view in views.items()}, given)

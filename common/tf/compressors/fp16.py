@@ -1,6 +1,6 @@
 """IEEE half precision on the wire."""
 
-from common.tf.compression import Codec, Random, as_bytes, from_bytes
+from common.tf.compression import Codec, Random, as_bytes, from_bytes, to_wire
 
 import tensorflow as tf
 
@@ -10,7 +10,7 @@ class Compressor(Codec):
 
     def encode(self, pieces: tf.Tensor, random: Random) -> tf.Tensor:
         """Two bytes a value."""
-        return as_bytes(tf.cast(pieces, tf.float16))
+        return as_bytes(to_wire(pieces, tf.float16))
 
     def decode(self, codes: tf.Tensor, size: int) -> tf.Tensor:
         """Exact."""

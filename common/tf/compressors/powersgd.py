@@ -3,7 +3,7 @@
 from common.compression import matrix_shape
 from common.config import PowerSGDConfig
 from common.tf.compression import Compressor as Base
-from common.tf.compression import Exchanged, Unit, wire_dtype
+from common.tf.compression import Exchanged, Unit, where_positive, wire_dtype
 
 import numpy as np
 import tensorflow as tf
@@ -25,15 +25,23 @@ class Compressor(Base):
     def exchange(self, values: tf.Tensor, step: tf.Tensor) -> Exchanged:
         """Two allreduces: of the products with the factors, then of the new factors."""
         matrices = [tf.reshape(part, matrix_shape(part.shape)) for part in self.unit.split(values)]
-        products = self._sum([m @ q for m, q in zip(matrices, self._factors, strict=True)])
+        factors, scales = [factor.value() for factor in self._factors], [tf.ones(())] * len(matrices)
+        if self._dtype == tf.float16:
+            squares = tf.stack([tf.reduce_sum(tf.square(tf.cast(matrix, tf.float64))) for matrix in matrices])
+            norms = tf.sqrt(self.unit.channel.allreduce(squares))
+            scales = tf.unstack(where_positive(tf.cast(norms, tf.float32)))
+            factors = [factor / where_positive(tf.norm(factor, axis=0)) for factor in factors]
+        products = self._sum([m @ q for m, q in zip(matrices, factors, strict=True)], scales)
         bases = [tf.linalg.qr(product).q for product in products]
-        factors = self._sum([tf.transpose(m) @ p for m, p in zip(matrices, bases, strict=True)])
+        factors = self._sum([tf.transpose(m) @ p for m, p in zip(matrices, bases, strict=True)], scales)
+        factors = [factor * scale for factor, scale in zip(factors, scales, strict=True)]
         summed = tf.concat([tf.reshape(p @ tf.transpose(q), [-1]) for p, q in zip(bases, factors, strict=True)], 0)
         return self.exchanged(summed, values - summed / self.unit.channel.size, factors)
 
-    def _sum(self, tensors: list[tf.Tensor]) -> list[tf.Tensor]:
-        """The sums of all tensors over the ranks, by one message."""
-        flat = tf.cast(tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0), self._dtype)
+    def _sum(self, tensors: list[tf.Tensor], scales: list[tf.Tensor]) -> list[tf.Tensor]:
+        """The sums of all tensors over the ranks, divided by their scales, by one message."""
+        divided = [tf.reshape(tensor / scale, [-1]) for tensor, scale in zip(tensors, scales, strict=True)]
+        flat = tf.cast(tf.concat(divided, 0), self._dtype)
         received = tf.cast(self.unit.channel.allreduce(flat), tf.float32)
         parts = tf.split(received, [tensor.shape.num_elements() for tensor in tensors])
         return [tf.reshape(part, tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

@@ -3,7 +3,7 @@
 from common.compression import num_chosen, random_parts
 from common.config import SparseConfig
 from common.tf.compression import Compressor as Base
-from common.tf.compression import Exchanged, Unit, scatter_add, wire_dtype
+from common.tf.compression import Exchanged, Unit, scatter_add, to_wire, wire_dtype
 
 import tensorflow as tf
 
@@ -21,7 +21,7 @@ class Compressor(Base):
         drawn = tf.cast(self.unit.random(step)(starts.shape) * widths, tf.int32)
         places = starts + tf.minimum(drawn, tf.constant(widths - 1, tf.int32))
         factor = values.shape[0] / len(starts) if self._is_unbiased else 1.0
-        sent = tf.cast(tf.gather(values, places) * factor, self._dtype)
+        sent = to_wire(tf.gather(values, places) * factor, self._dtype, self.unit.channel.size)
         received = tf.cast(self.unit.channel.allreduce(sent), tf.float32)
         error = scatter_add(values, places, -tf.cast(sent, tf.float32))
         return self.exchanged(scatter_add(tf.zeros_like(values), places, received), error)

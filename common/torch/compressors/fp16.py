@@ -1,6 +1,6 @@
 """IEEE half precision on the wire."""
 
-from common.torch.compression import Codec, as_bytes, from_bytes
+from common.torch.compression import Codec, as_bytes, from_bytes, to_wire
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ class Compressor(Codec):
 
     def encode(self, pieces: Tensor, random: torch.Generator) -> Tensor:
         """Two bytes a value."""
-        return as_bytes(pieces.half())
+        return as_bytes(to_wire(pieces, torch.float16))
 
     def decode(self, codes: Tensor, size: int) -> Tensor:
         """Exact."""

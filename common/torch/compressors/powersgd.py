@@ -5,7 +5,8 @@ from collections.abc import Generator
 from common.compression import matrix_shape
 from common.config import PowerSGDConfig
 from common.torch.compression import Compressor as Base
-from common.torch.compression import Exchange, Unit, wire_dtype
+from common.torch.compression import Exchange, Unit, where_positive, wire_dtype
+from common.torch.norms import norm
 
 import torch
 from torch import Tensor
@@ -25,18 +26,25 @@ class Compressor(Base):
     def exchange(self, values: Tensor, step: int) -> Exchange:
         """Two allreduces: of the products with the factors, then of the new factors."""
         matrices = [part.view(matrix_shape(part.shape)) for part in self.unit.split(values)]
-        products = yield from self._sum([m @ q for m, q in zip(matrices, self.kept["factor"], strict=True)])
+        factors, scales = self.kept["factor"], [torch.ones((), device=values.device)] * len(matrices)
+        if self._dtype is torch.float16:
+            squares = torch.stack([norm([matrix]).double().square() for matrix in matrices])
+            scales = list(where_positive((yield self.unit.channel.allreduce(squares)).sqrt()).float())
+            factors = [factor / where_positive(factor.norm(dim=0)) for factor in factors]
+        products = yield from self._sum([m @ q for m, q in zip(matrices, factors, strict=True)], scales)
         bases = [torch.linalg.qr(product).Q for product in products]
         # Factors lie column by column: a product with rows of few values takes five times as long.
-        factors = yield from self._sum([p.T @ m for m, p in zip(matrices, bases, strict=True)])
+        factors = yield from self._sum([p.T @ m for m, p in zip(matrices, bases, strict=True)], scales)
+        factors = [factor * scale for factor, scale in zip(factors, scales, strict=True)]
         self.left["factor"] = [factor.T for factor in factors]
         for part, p, q in zip(self.unit.split(self._summed), bases, factors, strict=True):
             torch.mm(p, q, out=part.view(len(p), -1))
         return self._summed, values.sub_(self._summed, alpha=1 / self.unit.channel.size)
 
-    def _sum(self, tensors: list[Tensor]) -> Generator[int, Tensor, list[Tensor]]:
-        """The sums of all tensors over the ranks, by one message."""
-        flat = torch.cat([tensor.flatten() for tensor in tensors]).to(self._dtype)
+    def _sum(self, tensors: list[Tensor], scales: list[Tensor]) -> Generator[int, Tensor, list[Tensor]]:
+        """The sums of all tensors over the ranks, divided by their scales, by one message."""
+        divided = [(tensor / scale).flatten() for tensor, scale in zip(tensors, scales, strict=True)]
+        flat = torch.cat(divided).to(self._dtype)
         received = (yield self.unit.channel.allreduce(flat)).float()
         parts = received.split([tensor.numel() for tensor in tensors])
         return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]

@@ -3,7 +3,7 @@
 from common.compression import num_chosen, random_parts
 from common.config import SparseConfig
 from common.torch.compression import Compressor as Base
-from common.torch.compression import Exchange, Unit, wire_dtype
+from common.torch.compression import Exchange, Unit, to_wire, wire_dtype
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ class Compressor(Base):
         starts, widths = (torch.from_numpy(part).to(values.device) for part in parts)
         uniforms = torch.rand(len(starts), generator=self.unit.random(step), device=values.device)
         places = starts + torch.minimum((uniforms * widths).long(), widths - 1)
-        sent = (values[places] * (len(values) / len(places) if self._is_unbiased else 1.0)).to(self._dtype)
+        factor = len(values) / len(places) if self._is_unbiased else 1.0
+        sent = to_wire(values[places] * factor, self._dtype, self.unit.channel.size)
         error = values.index_add(0, places, -sent.float())
         received = yield self.unit.channel.allreduce(sent)
         return torch.zeros_like(values).index_add_(0, places, received.float()), error

@@ -1,0 +1,50 @@
+"""What all ranks of a job must have in common when they start."""
+
+import hashlib
+import platform
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from common.config import RunConfig, leaves, to_dict
+
+ROOT = Path(__file__).parent.parent
+LIBRARIES = ("numpy", "horovod", "torch", "tensorflow", "keras")
+# Where a host has the same examples may be its own matter: their fingerprint is compared.
+OF_HOST = ("data.root", "data.path")
+
+
+def versions() -> dict[str, str]:
+    """The versions of the libraries that are in use."""
+    return {name: sys.modules[name].__version__ for name in LIBRARIES if name in sys.modules}
+
+
+def facts(cfg: RunConfig, fingerprint: str, num_threads: int) -> dict[str, Any]:
+    """What a rank was started with, by name.
+
+    Args:
+        cfg: the configuration.
+        fingerprint: of the training set.
+        num_threads: that add up sums: with another number they are rounded otherwise, and equal weights part.
+    """
+    keys = {key: value for key, value in leaves(to_dict(cfg)) if key not in OF_HOST}
+    of_libraries = {f"version of {name}": version for name, version in versions().items()}
+    return {
+        **keys,
+        **of_libraries,
+        "version of python": platform.python_version(),
+        "code": _code(),
+        "training set": f"SHA-256 {fingerprint[:16]}",
+        "number of threads": num_threads,
+    }
+
+
+@cache
+def _code() -> str:
+    """A hash of the project's code."""
+    digest = hashlib.sha256()
+    for folder in ("common", "recipes"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]

@@ -1,0 +1,30 @@
+"""A job of one rank without Horovod."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from common.config import RunConfig
+from common.topology import Topology
+
+ALONE = Topology(0, 1, 0, 1)
+
+
+class OneRank:
+    """The runtime of a job of one rank."""
+
+    def init(self, process_sets: Iterable[Sequence[int]] = ()) -> Topology:
+        return ALONE
+
+    def joint_check(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def check_alike(self, cfg: RunConfig, fingerprint: str) -> None: ...
+
+    def from_rank_zero(self, value: Any) -> Any:
+        return value
+
+    def shutdown(self) -> None: ...
+
+    def is_lost_rank(self, error: BaseException) -> bool:
+        return False
