@@ -81,6 +81,23 @@ def test_damage_is_named_by_file(folder: Path, name: str, how: str, message: str
     assert message in str(error.value)
 
 
+def test_what_follows_the_items_is_not_unpacked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder / "train-images-idx3-ubyte.gz"
+    num_bytes = len(gzip.decompress(path.read_bytes()))
+    path.write_bytes(path.read_bytes() + gzip.compress(bytes(1 << 24)) * 4)
+    taken = []
+
+    class Counted(gzip.GzipFile):
+        def read(self, size: int | None = -1) -> bytes:
+            taken.append(super().read(size))
+            return taken[-1]
+
+    monkeypatch.setattr(gzip, "GzipFile", Counted)
+    with pytest.raises(ConfigError, match=f"its header promises {num_bytes} bytes and it has more"):
+        mnist.load(str(folder))
+    assert sum(map(len, taken)) < 3 * num_bytes  # the header is read twice
+
+
 def test_files_that_do_not_belong_together(folder: Path) -> None:
     write_idx(folder / "t10k-labels-idx1-ubyte", np.zeros(11, np.uint8))
     with pytest.raises(ConfigError, match="t10k has 10 images and 11 labels"):

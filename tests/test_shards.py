@@ -165,6 +165,16 @@ def folder_instead(path: Path) -> None:
     path.mkdir()
 
 
+def fifo_instead(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def link_instead(path: Path) -> None:
+    """Moves a shard out of the folder and links to it."""
+    path.symlink_to(path.rename(path.parent.parent / path.name))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (Path.unlink, "is missing; copy the folder again"),
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "has 69 bytes instead of 70: it is damaged, or"),
@@ -173,7 +183,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         changed_byte,
         "has other contents than the SHA-256 in index.json: it is damaged, or index.json belongs",
     ),
-    "folder": (folder_instead, "train-tokens-00003.bin"),
+    "folder": (folder_instead, "cannot be read (is not a regular file)"),
+    "FIFO": (fifo_instead, "cannot be read (is not a regular file)"),
+    "link": (link_instead, "cannot be read (is a link that leads out of the folder)"),
 }
 
 
@@ -230,6 +242,12 @@ def edited(old: str, new: str) -> Callable[[Path], object]:
         (Path.unlink, "there is no index.json; name a folder that python -m recipes shard-data has written to its end"),
         (lambda path: path.write_text("{"), "index.json is not JSON"),
         (lambda path: path.write_bytes(b"\xff\xfe"), "index.json is not JSON"),
+        (
+            lambda path: path.write_text("[" * 2000 + "]" * 2000),
+            "index.json is not JSON (it is nested more than 100 deep",
+        ),
+        (folder_instead, "index.json cannot be read (is not a regular file)"),
+        (fifo_instead, "index.json cannot be read (is not a regular file)"),
         (lambda path: path.write_text("[1]"), "lacks the key 'version'"),
         (lambda path: path.write_text('{"version": 1}'), "was changed after it was written"),
         (edited('"version": 1', '"version": 2'), "has version 2 of the format, and this program reads version 1"),
@@ -253,6 +271,12 @@ def edited(old: str, new: str) -> Callable[[Path], object]:
             resealed(lambda index: index["parts"]["train"]["fields"]["tokens"]["shards"][0].update(file="../x")),
             "the shards of tokens are not within the folder",
         ),
+        (
+            resealed(lambda index: index["parts"]["train"]["fields"]["tokens"]["shards"][0].update(count="70")),
+            "'70' is no number of items or bytes",
+        ),
+        (resealed(lambda index: index["parts"]["train"].update(num_bytes=-1)), "-1 is no number of items or bytes"),
+        (resealed(lambda index: index.update(kind="\n")), "kind is '\\n', which must be images or text"),
     ],
 )
 def test_a_wrong_index_is_refused_with_one_message(
@@ -274,6 +298,37 @@ def test_images_and_classes_must_be_as_many(images: Path) -> None:
     resealed(one_less)(images / "index.json")
     with pytest.raises(ConfigError, match="the test part has 20 images and 19 classes"):
         datasets.prepare(image_config(images), ALONE)
+
+
+def test_no_memory_is_taken_for_what_an_index_promises(images: Path) -> None:
+    def promise(index: Any) -> None:
+        for field in index["parts"]["train"]["fields"].values():
+            field["count"] = 1 << 40
+            field["shards"] = [{"file": "train-classes-00000.bin", "count": 1 << 40, "sha256": ""}]
+
+    resealed(promise)(images / "index.json")
+    train, _ = datasets.load_images(image_config(images))
+    for array in (train.images, train.classes):
+        with pytest.raises(ConfigError, match=r"train-classes-00000\.bin has 50 bytes instead of \d+"):
+            array[:]
+
+
+def test_shards_hold_no_number_that_the_model_lacks(images: Path) -> None:
+    path = images / "train-classes-00000.bin"
+    path.write_bytes(b"\x0a" + path.read_bytes()[1:])
+    train, _ = datasets.load_images(image_config(images))
+    assert len(train.take(np.array([1, 2]))[1]) == 2
+    for items in (np.array([0, 1]), slice(0, 2)):
+        with pytest.raises(
+            ConfigError, match=r"train-classes-00000\.bin .* has the number 10, and all must be below 10"
+        ):
+            train.take(items)
+
+
+def test_a_folder_of_shards_may_be_reached_by_a_link(tokens: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tokens)
+    datasets.prepare(text_config(tmp_path / "link"), ALONE)
+    assert len(datasets.load_text(text_config(tmp_path / "link"), 8).train.take(np.array([0]))[0]) == 1
 
 
 def test_what_does_not_fit_the_recipe_is_refused(images: Path, tokens: Path) -> None:

@@ -1,6 +1,8 @@
 """Tokenizers, and text in examples."""
 
+import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -177,6 +179,34 @@ def test_unusable_text_is_refused_with_the_remedy(
     with pytest.raises(ConfigError) as error:
         text.load(config(path, TokenizerKind[kind], vocabulary_size), context=16)
     assert message.format(path=path) in str(error.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("x" * 1000)
+    found = Text.open(str(tmp_path))
+    (tmp_path / "text").unlink()
+    os.mkfifo(tmp_path / "text")
+    with pytest.raises(ConfigError, match=r"data\.path=.*: .*text cannot be read \(is not a regular file\); make it"):
+        list(found.blocks("train"))
+    with pytest.raises(ConfigError, match=r"cannot be read \(File name too long\)"):
+        Text.open("x" * 300)
+
+
+@pytest.mark.parametrize(
+    "description",
+    [None, [], {"kind": []}, {"kind": "char", "alphabet": ["a"]}, {"kind": "bpe", "model": {"model": {"vocab": 1}}}],
+)
+def test_what_describes_no_tokenizer_is_refused(description: object) -> None:
+    with pytest.raises(ValueError, match=r"no tokenizer|alphabet|invalid type"):
+        tokenizer.from_json(description)
+
+
+def test_of_a_description_only_what_was_learned_is_used() -> None:
+    trained = tokenizer.train(TokenizerKind.bpe, ["words and words " * 50], 270)
+    description = copy.deepcopy(trained.to_json())
+    description["model"]["normalizer"] = {"type": "Replace", "pattern": {"String": "w"}, "content": "x" * 1000}
+    description["model"]["model"]["dropout"] = 0.5
+    assert tokenizer.from_json(description).encode("words").tolist() == trained.encode("words").tolist()
 
 
 def test_the_place_in_a_file_of_many_blocks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
