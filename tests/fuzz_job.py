@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,6 @@ import numpy as np
 SECONDS = 2  # for one mutant
 MEMORY = 256 << 20  # for all
 LONGEST_MESSAGE = 2000
-BOMB = gzip.compress(bytes(64 << 20)) * 64  # 4 GiB of zeros, which take longer than there is time
 SPECIAL = 0.05  # share of the mutants that are no regular file, or a link
 ALONE = Topology(0, 1, 0, 1)
 NUMBERS = (0, 1, -1, 7, 255, 256, 1 << 31, (1 << 31) - 1, 1 << 48, 1 << 63, 10**30, 10**400)
@@ -114,21 +114,9 @@ def places_in(root: Any) -> list[tuple[Any, Any]]:
 def other_value(dice: random.Random, value: Any) -> Any:
     """Something that is not what was there."""
     names = ("", "x", "../outside", "..", "/etc/passwd", "a\0b", "\ud800", "x" * 5000, "\n\x1b[2J")
-    others: tuple[Any, ...] = (
-        None,
-        True,
-        [],
-        {},
-        [value],
-        {"x": value},
-        nested(90),
-        nested(900),
-        float("nan"),
-        float("inf"),
-        -1.5,
-    )
-    number = dice.choice(NUMBERS) * dice.choice((1, -1))
-    return dice.choice((dice.choice(names), dice.choice(others), number, str(value)))
+    others: tuple[Any, ...] = (None, True, [], {}, [value], {"x": value}, nested(90), nested(900), str(value))
+    numbers = (dice.choice(NUMBERS), -dice.choice(NUMBERS), -1.5, float("nan"), float("inf"))
+    return dice.choice(dice.choice((names, others, numbers)))
 
 
 def changed_json(dice: random.Random, content: bytes) -> bytes:
@@ -169,9 +157,15 @@ def changed_header(dice: random.Random, content: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + content[end:]
 
 
+@cache
+def bomb() -> bytes:
+    """4 GiB of zeros, which take longer to unpack than there is time."""
+    return gzip.compress(bytes(64 << 20)) * 64
+
+
 def changed_inside(dice: random.Random, content: bytes) -> bytes:
     """A gzip file of changed contents, or of more than its header promises."""
-    return content + BOMB if dice.random() < 0.05 else gzip.compress(changed_bytes(dice, gzip.decompress(content)))
+    return content + bomb() if dice.random() < 0.05 else gzip.compress(changed_bytes(dice, gzip.decompress(content)))
 
 
 BY_ENDING = {
@@ -344,7 +338,18 @@ def of_checkpoint(folder: Path) -> Target:
     tokens = tokenizer.train(TokenizerKind.bpe, ["words and more words " * 50], 260)
     sizes = ["model.num_layers=1", "model.width=4", "model.num_heads=2", "model.context=8"]
     cfg = compose("transformer_lm", [*sizes, "train.batch_schedule=noise_scale"])
-    zeros = {"0.token.weight": (tokens.vocabulary_size, 4), "0.position.weight": (8, 4), "1.mlp.hidden.weight": (16, 4)}
+    zeros = {
+        **{"0.token.weight": (tokens.vocabulary_size, 4), "0.position.weight": (8, 4)},
+        **{
+            f"{name}.{leaf}": (4,)
+            for name in ("1.attention_norm", "1.mlp_norm", "2.norm")
+            for leaf in ("weight", "bias")
+        },
+        **{"1.attention.qkv.weight": (12, 4), "1.attention.qkv.bias": (12,)},
+        **{"1.attention.projection.weight": (4, 4), "1.attention.projection.bias": (4,)},
+        **{"1.mlp.hidden.weight": (16, 4), "1.mlp.hidden.bias": (16,)},
+        **{"1.mlp.projection.weight": (4, 16), "1.mlp.projection.bias": (4,)},
+    }
     weights = {name: np.zeros(shape, np.float32) for name, shape in zeros.items()}
     state = {
         "task": "transformer_lm",

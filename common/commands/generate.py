@@ -102,11 +102,11 @@ def _sizes(found: Checkpoint, vocabulary_size: int) -> LMConfig:
 
 def _decoder(found: Checkpoint, framework: str | None, vocabulary_size: int) -> Any:
     """The model of the checkpoint, in the framework that is asked for, that trained it, or that is there."""
+    cfg = _sizes(found, vocabulary_size)
     candidates = [framework] if framework else [found.state["framework"], *MODULES]
     chosen = next(name for name in candidates if _is_installed(name))
     recipe = importlib.import_module(f"recipes.transformer_lm_{chosen}")
     transformer = importlib.import_module(f"common.{chosen}.transformer")
-    cfg = _sizes(found, vocabulary_size)
     return transformer.restored_decoder(recipe.build_layers(cfg, vocabulary_size), cfg, found.weights)
 
 
