@@ -3,6 +3,7 @@
 The lock is the kernel's (flock) and ends with the process, however that ends. A file that is left behind locks nothing.
 """
 
+import atexit
 import fcntl
 import os
 import socket
@@ -45,6 +46,7 @@ def hold(folder: Path) -> None:
     file.write(f"{socket.gethostname()}, process {os.getpid()}\n".encode())
     file.flush()
     _held[path] = file
+    atexit.register(let_go, folder)
 
 
 def let_go(folder: Path) -> None:

@@ -1,5 +1,7 @@
 """Runs tests on ranks: a test marked `ranks(2, 4)` runs once per framework and number of ranks, on every rank.
 
+Marked `ranks(2, framework="torch")` it runs with one framework alone.
+
 All such tests of one framework and number share one launch of horovodrun, in which pytest runs on each rank. The
 session that was started by hand launches it when it meets the first of them, and reports what the ranks reported.
 """
@@ -26,7 +28,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("ranks")
     if marker:
         metafunc.fixturenames += ["framework", "num_ranks"]
-        metafunc.parametrize("framework", launch.FRAMEWORKS)
+        only = marker.kwargs.get("framework")
+        metafunc.parametrize("framework", [name for name in launch.FRAMEWORKS if only in (None, name)])
         metafunc.parametrize("num_ranks", marker.args)
 
 

@@ -287,7 +287,9 @@ def test_a_checkpoint_keeps_what_is_summed_at_any_number_of_ranks(
     exchange = binding.Exchange([(60, 50)], topology, compression=method(name))
     random = np.random.default_rng(0)
     arrays = {key: random.standard_normal(array.shape) for key, array in exchange.kept.gradients().items()}
-    arrays = {key: array.astype(np.float32) for key, array in arrays.items()} | {"counters": np.array([7.0, 1.0, 0.0])}
+    arrays = {key: array.astype(np.float32) for key, array in arrays.items()} | {
+        "counters": np.array([7.0, 1.0, 0.0, 2.0])
+    }
     exchange.restore(arrays)
     kept = exchange.kept.gradients()
     if topology.rank == 0:  # which has the whole state

@@ -184,7 +184,7 @@ class Gradients:
                     "summed over the ranks; call Gradients.rebuild() on all ranks after freezing or unfreezing"
                 )
         self._riders.zero_()
-        for parameter in self._parameters:
+        for parameter in self._name_of:
             parameter.grad = None
 
     def exchange_in_next_backward(self, loss: Tensor | float = 0.0, stop: bool = False, share: float = 0.0) -> None:
