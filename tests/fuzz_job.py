@@ -36,6 +36,7 @@ from common.config import (
     to_dict,
 )
 from common.datasets import mnist, shards, tokenizer
+from common.run import events_of_record
 from common.sharding import Plan
 from common.topology import Topology
 from tests.test_datasets import write_idx
@@ -128,7 +129,7 @@ def changed_json(dice: random.Random, content: bytes) -> bytes:
         case 0 if container is not root:
             del container[key]
         case 1 if isinstance(container, dict):
-            container["other"] = container.pop(key)
+            container[dice.choice(("other", "\ud800"))] = container.pop(key)
         case 2 if isinstance(container[key], str):
             container[key] = f"../outside/{container[key]}"
         case 3:
@@ -396,6 +397,22 @@ def of_ledger(folder: Path) -> Target:
     return Target(folder / "data" / "ledger", sorted(path.name for path in folder.glob("data/ledger/*")), read)
 
 
+def of_metrics(folder: Path) -> Target:
+    out = folder / "data"
+    out.mkdir()
+    events = [{"step": step, "epoch": 1, "train_loss": 1 / step, "wall_seconds": 0.5} for step in range(1, 20)]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+    def read(_: random.Random) -> None:
+        try:
+            found, problems = events_of_record(out / "metrics.jsonl")
+        except ConfigError as error:
+            raise ValueError("a run must go on with what is left of its record") from error
+        json.dumps([found, problems])
+
+    return Target(out, ["metrics.jsonl"], read)
+
+
 READERS = {
     "image_shards": of_image_shards,
     "text_shards": of_text_shards,
@@ -403,7 +420,7 @@ READERS = {
     "text": of_text,
     "checkpoint": of_checkpoint,
     "ledger": of_ledger,
-    # metrics.jsonl goes here, read by events_of_record() of common/run.py.
+    "metrics": of_metrics,
 }
 
 

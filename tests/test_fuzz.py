@@ -8,7 +8,10 @@ from tests.launch import run
 import pytest
 
 # tests/fuzz_job.py says what is changed; the changes are the same each time.
-MUTANTS = {"checkpoint": 450, "idx": 300, "image_shards": 300, "ledger": 250, "text": 100, "text_shards": 400}
+MUTANTS = {
+    **{"checkpoint": 450, "idx": 300, "image_shards": 300, "ledger": 250},
+    **{"metrics": 200, "text": 100, "text_shards": 400},
+}
 
 
 @pytest.mark.parametrize("reader", MUTANTS)
