@@ -1,12 +1,11 @@
 """Composes a task's configuration from conf/ and the command line, and explains what cannot be applied."""
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from common import config
+from common import config, disk, hints, registry
 from common.config import ConfigError, RunConfig, leaves
 
 from hydra import compose as hydra_compose
@@ -67,17 +66,50 @@ _SCHEMAS: dict[str, dict[str, type]] = {
 }
 
 
+_GROUPS = sorted(group for group in _SCHEMAS if group)
+
+
 def group_options(task: str) -> dict[str, list[str]]:
     """The groups of conf/ and the options of each that the task can take."""
-    groups = sorted(path for path in CONF.iterdir() if path.is_dir())
-    return {group.name: sorted(path.stem for path in group.glob("*.yaml") if _suits(path, task)) for group in groups}
+    return {group: _options(task, group) for group in _GROUPS}
 
 
-def _suits(option: Path, task: str) -> bool:
-    """Whether the schema of an option is of the type that the task has for its group."""
-    group = option.parent.name
-    schema = _SCHEMAS[group][OmegaConf.load(option).defaults[0]]
-    return issubclass(schema, get_type_hints(_SCHEMAS[""][f"{task}_schema"])[group])
+def _options(task: str, group: str) -> list[str]:
+    """The options of a group that are sound and of the type that the task has for the group."""
+    wanted = get_type_hints(_SCHEMAS[""][f"{task}_schema"])[group]
+    paths = sorted((CONF / group).glob("*.yaml"))
+    return [path.stem for path in paths if not _unusable(path) and issubclass(_schema(path), wanted)]
+
+
+def _unusable(path: Path) -> str | None:
+    """Why the file of an option cannot be used."""
+    group, name = path.parent.name, f"conf/{path.parent.name}/{path.name}"
+    try:
+        values: Any = OmegaConf.load(path)
+        schema, label = _SCHEMAS[group].get(values["defaults"][0]), str(values["name"])
+    except Exception as error:  # there is no end to what YAML can hold
+        return f"{name}: must be YAML that begins with defaults: [SCHEMA] and name: NAME ({disk.brief(error)})"
+    if schema is None:
+        return f"{name}: has no known schema in its defaults; choose one of {', '.join(_SCHEMAS[group])}"
+    return _without_code(group, label, schema, name)
+
+
+def _without_code(group: str, label: str, schema: type, name: str) -> str | None:
+    """Why an option leads to no code."""
+    if registry.suits(group, label, schema):
+        return None
+    known = registry.NAMES[group]
+    if label in known:
+        wanted = next(key for key, kind in _SCHEMAS[group].items() if kind is known[label])
+        return f"{name}: has name: {label}, which goes with defaults: [{wanted}]"
+    own = sorted(registry.own_compressors()) if group == "compression" else []
+    remedy = f", or write common/<framework>/compressors/{label}.py" if group == "compression" else ""
+    return f"{name}: has name: {label}, for which there is no code; choose {'|'.join([*sorted(known), *own])}{remedy}"
+
+
+def _schema(path: Path) -> type:
+    """The type of an option's configuration."""
+    return _SCHEMAS[path.parent.name][OmegaConf.load(path).defaults[0]]
 
 
 def compose(task: str, overrides: Sequence[str]) -> RunConfig:
@@ -87,20 +119,31 @@ def compose(task: str, overrides: Sequence[str]) -> RunConfig:
         ConfigError: an override names no key or option, or its value has the wrong type.
     """
     _register_schemas()
+    problems, overrides = hints.split_flags(overrides)
     overrides = [_SHORT.sub(r"\1.source=", override) for override in overrides]
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        problems = {override: problem for override in overrides if (problem := _refused(task, override))}
+        problems |= {override: problem for override in overrides if (problem := _refused(task, override))}
         sound = [override for override in overrides if override not in problems]
         try:
             cfg = OmegaConf.to_object(hydra_compose(task, sound))
         except (HydraException, OmegaConfBaseException) as error:
-            problems |= _inapplicable(task, sound) or {" ".join(sound): str(error)}
+            problems |= _inapplicable(task, sound) or {" ".join(sound) or f"conf/{task}.yaml": disk.brief(error)}
     if problems:
         raise ConfigError([f"{override}: {problem}" for override, problem in problems.items()])
     if not isinstance(cfg, RunConfig):
         raise TypeError(f"conf/{task}.yaml does not start from a schema")
+    _check_code(cfg)
     _move_momentum(cfg)
     return cfg
+
+
+def _check_code(cfg: RunConfig) -> None:
+    """Raises a ConfigError for options that lead to no code, as those may that conf/<task>.yaml itself names."""
+    nodes = {group: getattr(cfg, group) for group in _GROUPS}
+    found = [_without_code(group, node.name, type(node), f"{group}={node.name}") for group, node in nodes.items()]
+    problems = [problem for problem in found if problem]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _move_momentum(cfg: RunConfig) -> None:
@@ -129,15 +172,16 @@ def _register_schemas() -> None:
 def _refused(task: str, override: str) -> str | None:
     """Why an override is not even tried: its form, an option that its group lacks, or what only Hydra would take."""
     key, _, value = override.partition("=")
-    options = group_options(task).get(key)
+    group = key.partition(".")[0]
     if key.startswith(("+", "~")):
         return "keys cannot be added or removed; write key=value for a key that exists"
     if key.partition("/")[0].partition(".")[0] == "hydra":
         return "Hydra's own settings have no effect here; the folder of a run is set with run.dir"
-    if key.endswith(LABELS):
-        return f"is set by choosing an option; write {key.partition('.')[0]}={value}"
-    if options is not None and value not in options:
-        return f"no such option; choose {key}={'|'.join(options)}"
+    if key.endswith(LABELS) and group in _GROUPS:
+        return f"is set by choosing an option; write {group}={value}"
+    if key in _GROUPS and value not in (options := _options(task, key)):
+        path = next((path for path in (CONF / key).glob("*.yaml") if path.stem == value), None)
+        return (path and _unusable(path)) or f"no such option; choose {key}={'|'.join(options)}"
     try:
         OverridesParser.create().parse_override(override)
     except HydraException:
@@ -147,8 +191,11 @@ def _refused(task: str, override: str) -> str | None:
 
 def _inapplicable(task: str, overrides: Sequence[str]) -> dict[str, str]:
     """What is wrong with each override that cannot be applied; the chosen options count before the keys in them."""
-    chosen = [override for override in overrides if override.partition("=")[0] in group_options(task)]
-    defaults = dict(leaves(OmegaConf.to_container(hydra_compose(task, chosen), enum_to_str=True)))
+    chosen = [override for override in overrides if override.partition("=")[0] in _GROUPS]
+    try:
+        defaults = dict(leaves(OmegaConf.to_container(hydra_compose(task, chosen), enum_to_str=True)))
+    except (HydraException, OmegaConfBaseException):
+        return {}  # not the fault of one override
     problems = {}
     for override in overrides:
         try:
@@ -165,14 +212,14 @@ def _cause(task: str, key: str, defaults: dict[str, Any], error: Exception) -> s
         default = "null" if defaults[key] is None else defaults[key]
         return f"wrong type: {reason}; the default is {key}={default}"
     group, _, name = key.partition(".")
-    having = [
-        option
-        for option in group_options(task).get(group, ())
-        if name in OmegaConf.load(CONF / group / f"{option}.yaml")
-    ]
+    options = _options(task, group) if group in _GROUPS else []
+    having = [option for option in options if name in OmegaConf.load(CONF / group / f"{option}.yaml")]
     if having:
         return f"no such key here; it goes with {' or '.join(f'{group}={option}' for option in having)}"
+    if no_key := hints.why_no_key(key):
+        return no_key
     keys = [known for known in defaults if not known.endswith(LABELS)]
-    near = difflib.get_close_matches(key, keys, n=1)
+    near = hints.near(key, keys)
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
     valid = [known for known in keys if known.startswith(f"{group}.")] or sorted(keys)
-    return f"no such key; {f'did you mean {near[0]}? ' if near else ''}valid keys: {', '.join(valid)}"
+    return f"no such key; {meant}valid keys: {', '.join(valid)}"

@@ -1,25 +1,46 @@
 """The learning rate as a function of the step."""
 
 import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 from common.batch_size import learning_rate_factor
-from common.config import CosineConfig, RunConfig
+from common.config import CosineConfig, LRScheduleConfig, RunConfig
 from common.sharding import Step
+
+Schedule: TypeAlias = Callable[[Any, float], float]
+"""Of the schedule's configuration and the share of the run that is done: the factor on the peak learning rate."""
 
 
 def learning_rate(step: Step, cfg: RunConfig) -> float:
-    """The learning rate of a step: linear warm-up, constant or half a cosine down, and growth with the batch.
+    """The learning rate of a step: the schedule's, multiplied by a linear warm-up, and growing with the batch.
 
-    The cosine falls from optimizer.lr to `final_fraction` of it at the end of the run, and is multiplied by the
-    warm-up's step / warmup_steps. Source: Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm
-    Restarts", 2017, https://arxiv.org/abs/1608.03983 (equation 5, one period); warm-up: Goyal et al., "Accurate, Large
-    Minibatch SGD", 2017, https://arxiv.org/abs/1706.02677 (section 2.2); the batch: common/batch_size.py.
+    The warm-up's factor is step / warmup_steps. Source: Goyal et al., "Accurate, Large Minibatch SGD", 2017,
+    https://arxiv.org/abs/1706.02677 (section 2.2); the batch: common/batch_size.py.
     """
     schedule = cfg.lr_schedule
     rate = cfg.optimizer.lr * learning_rate_factor(step.batch_size, cfg.train.global_batch_size, cfg.optimizer)
     if step.number < schedule.warmup_steps:
         rate *= step.number / schedule.warmup_steps
-    if isinstance(schedule, CosineConfig):
-        floor = schedule.final_fraction
-        rate *= floor + (1 - floor) * (1 + math.cos(math.pi * step.progress)) / 2
-    return rate
+    _, factor = SCHEDULES[schedule.name]
+    return rate * factor(schedule, step.progress)
+
+
+def _constant(_: LRScheduleConfig, progress: float) -> float:
+    return 1.0
+
+
+def _cosine(cfg: CosineConfig, progress: float) -> float:
+    """Falls from 1 to `final_fraction` at the end of the run.
+
+    Source: Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", 2017,
+    https://arxiv.org/abs/1608.03983 (equation 5, one period)
+    """
+    return cfg.final_fraction + (1 - cfg.final_fraction) * (1 + math.cos(math.pi * progress)) / 2
+
+
+# What the name of an option of conf/lr_schedule stands for: the type of its configuration, and what it does.
+SCHEDULES: dict[str, tuple[type[LRScheduleConfig], Schedule]] = {
+    "constant": (LRScheduleConfig, _constant),
+    "cosine": (CosineConfig, _cosine),
+}

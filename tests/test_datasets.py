@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from common.config import ConfigError
+from common import datasets
+from common.config import Balance, ConfigError, ImagesConfig
 from common.datasets import digits, mnist
 
 import numpy as np
@@ -79,6 +80,14 @@ def test_damage_is_named_by_file(folder: Path, name: str, how: str, message: str
         mnist.load(str(folder))
     assert f"data.root={folder}: {name} is damaged" in str(error.value)
     assert message in str(error.value)
+
+
+def test_a_source_without_code_is_refused() -> None:
+    cfg = ImagesConfig("pictures", False, Balance.none, 0, 0.0)
+    with pytest.raises(ConfigError, match=r"data=pictures: there is no code .* choose digits\|image_shards\|mnist"):
+        datasets.load_images(cfg)
+    with pytest.raises(ConfigError, match="no code for a ImagesConfig of this name"):
+        datasets.load_images(ImagesConfig("mnist", False, Balance.none, 0, 0.0))
 
 
 def test_what_follows_the_items_is_not_unpacked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,15 @@
 """The sources of examples. Every source gives a training and a test set."""
 
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
 from common.config import (
+    ConfigError,
     DataConfig,
     ImagesConfig,
     ImageShardsConfig,
     LanguageConfig,
+    LinearDataConfig,
     MnistConfig,
     TextConfig,
     TextShardsConfig,
@@ -14,7 +19,24 @@ from common.datasets.split import Split
 from common.datasets.text import Corpus
 from common.topology import Topology
 
-__all__ = ["Corpus", "Split", "load_images", "load_text", "prepare"]
+__all__ = ["SOURCES", "Corpus", "Split", "load_images", "load_text", "prepare"]
+
+Loader = TypeVar("Loader", bound=Callable[..., object])
+
+# What the name of an option of conf/data stands for: the type of its configuration, and what loads its examples.
+IMAGES: dict[str, tuple[type[ImagesConfig], Callable[..., tuple[Split, Split]]]] = {
+    "digits": (ImagesConfig, lambda _: digits.load()),
+    "image_shards": (ImageShardsConfig, shards.load_images),
+    "mnist": (MnistConfig, lambda cfg: mnist.load(cfg.root)),
+}
+TEXTS: dict[str, tuple[type[LanguageConfig], Callable[..., Corpus]]] = {
+    "text": (TextConfig, text.load),
+    "text_shards": (TextShardsConfig, shards.load_text),
+}
+SOURCES: dict[str, type] = {
+    **{name: kind for name, (kind, _) in (IMAGES | TEXTS).items()},
+    "linear": LinearDataConfig,  # common/datasets/linear.py gives measurements, which one task alone takes
+}
 
 
 def prepare(cfg: DataConfig, topology: Topology) -> None:
@@ -36,23 +58,23 @@ def load_images(cfg: ImagesConfig) -> tuple[Split, Split]:
     """The training and the test split of a source of images that has been prepared.
 
     Raises:
-        ConfigError: files are missing or damaged.
+        ConfigError: files are missing or damaged, or there is no such source.
     """
-    if isinstance(cfg, MnistConfig):
-        return mnist.load(cfg.root)
-    if isinstance(cfg, ImageShardsConfig):
-        return shards.load_images(cfg)
-    return digits.load()
+    return _loader(IMAGES, cfg)(cfg)
 
 
 def load_text(cfg: LanguageConfig, context: int) -> Corpus:
     """The text of a source that has been prepared, in examples of `context` tokens.
 
     Raises:
-        ConfigError: files are missing or damaged, or too short for one example.
+        ConfigError: files are missing or damaged, or too short for one example, or there is no such source.
     """
-    if isinstance(cfg, TextShardsConfig):
-        return shards.load_text(cfg, context)
-    if isinstance(cfg, TextConfig):
-        return text.load(cfg, context)
-    raise TypeError(f"no text comes from {type(cfg).__name__}")
+    return _loader(TEXTS, cfg)(cfg, context)
+
+
+def _loader(sources: Mapping[str, tuple[type, Loader]], cfg: DataConfig) -> Loader:
+    kind, loader = sources.get(cfg.name, (None, None))
+    if kind is not type(cfg) or loader is None:
+        what = f"a {type(cfg).__name__} of this name"
+        raise ConfigError([f"data={cfg.name}: there is no code for {what}; choose {'|'.join(sources)}"])
+    return loader
