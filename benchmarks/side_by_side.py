@@ -82,7 +82,7 @@ PEERS = {
     },
 }
 MAIN = ("lm_tiny", "lm_384", "mnist_cnn", "mnist_mlp")
-CASES_OF = {"stock": ("lm_tiny", "mnist_mlp"), "one_rank": ("lm_384", "lm_384_batch_24")}
+CASES_OF = {"stock": ("lm_tiny", "mnist_mlp"), "one_rank": ("mnist_mlp", "lm_384", "lm_384_batch_24")}
 NAMES = [
     f"{case}.{framework}.{peer}"
     for framework, peers in PEERS.items()
