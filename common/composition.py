@@ -221,5 +221,8 @@ def _cause(task: str, key: str, defaults: dict[str, Any], error: Exception) -> s
     keys = [known for known in defaults if not known.endswith(LABELS)]
     near = hints.near(key, keys)
     meant = f"did you mean {' or '.join(near)}? " if near else ""
-    valid = [known for known in keys if known.startswith(f"{group}.")] or sorted(keys)
+    of_group = [known for known in keys if known.startswith(f"{group}.")]
+    if near and not of_group:
+        return f"no such key; {meant}--help lists all keys"
+    valid = of_group or sorted(keys)
     return f"no such key; {meant}valid keys: {', '.join(valid)}"

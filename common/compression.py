@@ -23,7 +23,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-LARGEST_HALF = 65504.0  # what is larger is sent as this; the difference is the sender's error
 SUMMED = ("residual", "velocity")  # states that each rank has its own of; a checkpoint holds their sum over the ranks
 CHUNK = 1024  # values that share one float32 scale
 WARM_UP_STAGES = 4  # of DGC
@@ -83,9 +82,17 @@ class Float16(Codec):
         return content.view(np.float16).astype(np.float32)
 
 
+def largest_half(num_ranks: int) -> float:
+    """Up to where values are sent in half precision, so that neither they nor the sum of so many overflow.
+
+    What is beyond is the sender's error. Sums round at each addition, which takes a part of the room for them.
+    """
+    return 65504.0 if num_ranks == 1 else 65504.0 / (2 * num_ranks)
+
+
 def to_wire(values: Floats, dtype: type) -> np.ndarray:
-    """Float32 values in the dtype in which they travel; half precision ends at LARGEST_HALF instead of overflowing."""
-    return (values.clip(-LARGEST_HALF, LARGEST_HALF) if dtype is np.float16 else values).astype(dtype)
+    """Float32 values in the dtype in which they travel; in half precision they end at its largest value."""
+    return (values.clip(-largest_half(1), largest_half(1)) if dtype is np.float16 else values).astype(dtype)
 
 
 class BFloat16(Codec):

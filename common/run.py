@@ -141,8 +141,8 @@ class Run:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped and float(sums.loss_scale) <= 1 else 0
         if self._skipped_in_a_row > MOST_SKIPPED:
             raise TrainingError(
-                f"{self._skipped_in_a_row} steps in a row were skipped, the last is {step.number}, as losses or gradients "
-                f"were not finite; {remedy}"
+                f"{self._skipped_in_a_row} steps in a row were skipped up to step {step.number}: losses or gradients are "
+                f"not finite; {remedy}"
             )
         if not is_skipped and not math.isfinite(float(sums.loss)):
             raise TrainingError(

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import math
+import re
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +22,7 @@ SHAPES = [(60, 50), (50,), (50, 40), (3, 3, 20, 30)]
 
 at_2_3_4 = pytest.mark.ranks(2, 3, 4)
 at_2 = pytest.mark.ranks(2)
+at_1_2 = pytest.mark.ranks(1, 2)
 at_1_2_4 = pytest.mark.ranks(1, 2, 4)
 
 
@@ -142,19 +144,77 @@ def test_with_error_feedback_each_rank_clips_before(binding: ModuleType, runtime
     np.testing.assert_array_equal(exchange.clipped(1e-6), received)  # and not again
 
 
-@at_2_3_4
-def test_power_sgd_is_that_of_numpy(binding: ModuleType, runtime: ModuleType, num_ranks: int) -> None:
+@at_1_2
+def test_dgc_keeps_the_momentum_of_weights_that_it_does_not_compress(
+    binding: ModuleType, runtime: ModuleType, num_ranks: int
+) -> None:
     topology = runtime.init()
-    exchange = binding.Exchange([(60, 50)], topology, compression=method("powersgd", rank=2))
+    cfg = method("dgc", min_numel=2500, momentum=0.9, warmup_steps=0)
+    exchange = binding.Exchange(SHAPES, topology, compression=cfg)
+    velocity = np.zeros(50)
+    for step in range(4):
+        of_ranks = [np.full(50, (rank + 1.5) * step, np.float32) for rank in range(num_ranks)]
+        mine = [np.ones(shape, np.float32) for shape in SHAPES]
+        mine[1] = of_ranks[topology.rank]
+        velocity = 0.9 * velocity + np.sum(of_ranks, axis=0)
+        _, received = exchange.step(mine)
+        np.testing.assert_allclose(received[1], velocity, rtol=1e-5)
+    kept = {name: array for name, array in exchange.kept.gradients().items() if name.endswith(".momentum")}
+    assert topology.rank > 0 or any(np.allclose(array, velocity) for array in kept.values() if array.shape == (50,))
+
+
+@at_2_3_4
+@pytest.mark.parametrize("values", WireValues)
+def test_power_sgd_is_that_of_numpy(
+    binding: ModuleType, runtime: ModuleType, num_ranks: int, values: WireValues
+) -> None:
+    topology = runtime.init()
+    exchange = binding.Exchange([(60, 50)], topology, compression=method("powersgd", rank=2, values=values))
+    dtype, atol = (np.float16, 0.02) if values is WireValues.fp16 else (np.float32, 2e-5)
     random = np.random.default_rng(0)
     factor, residuals = exchange.state()["factor"][0], [np.zeros((60, 50), np.float32)] * num_ranks
     for _ in range(3):
         of_ranks = list(random.standard_normal((num_ranks, 60, 50)).astype(np.float32))
         corrected = [matrix + residual for matrix, residual in zip(of_ranks, residuals, strict=True)]
-        summed, residuals, factor = rules.power_sgd(corrected, factor)
+        summed, residuals, factor = rules.power_sgd(corrected, factor, dtype)
         _, (received,) = exchange.step([of_ranks[topology.rank]])
-        np.testing.assert_allclose(received, summed, atol=2e-5)
-        np.testing.assert_allclose(exchange.state()["residual"][0], residuals[topology.rank], atol=2e-5)
+        np.testing.assert_allclose(received, summed, atol=atol)
+        np.testing.assert_allclose(exchange.state()["residual"][0], residuals[topology.rank], atol=atol)
+
+
+@at_2
+@pytest.mark.parametrize("magnitude", [1e-9, 1.0, 1e6])
+def test_in_half_precision_power_sgd_sends_gradients_of_any_magnitude(
+    binding: ModuleType, runtime: ModuleType, num_ranks: int, magnitude: float
+) -> None:
+    topology = runtime.init()
+    exchange = binding.Exchange([(60, 50)], topology, compression=method("powersgd", values=WireValues.fp16))
+    random = np.random.default_rng(0)
+    matrix = np.float32(magnitude) * np.outer(random.standard_normal(60), random.standard_normal(50)).astype(np.float32)
+    for _ in range(3):  # later steps start from a factor as small as the gradient
+        _, (received,) = exchange.step([matrix])
+        assert np.linalg.norm(received - num_ranks * matrix) < 0.01 * np.linalg.norm(num_ranks * matrix)
+
+
+@at_2_3_4
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("fp16", {}), ("topk", {"ratio": 1.0}), ("randomk", {"ratio": 1.0}), ("dgc", {"ratio": 1.0, "momentum": 0.0})],
+)
+def test_what_half_precision_cannot_hold_is_sent_later(
+    binding: ModuleType, runtime: ModuleType, num_ranks: int, name: str, changes: dict[str, Any]
+) -> None:
+    topology = runtime.init()
+    half = {} if name == "fp16" else {"values": WireValues.fp16}
+    cfg = method(name, error_feedback=True, **changes, **half)
+    exchange = binding.Exchange([(SIZE,)], topology, compression=cfg)
+    gradient = np.where(np.arange(SIZE) % 2, 1e6, -1e5).astype(np.float32)
+    _, (received,) = exchange.step([gradient])
+    assert np.isfinite(received).all()
+    assert np.abs(received).max() <= num_ranks * 65504
+    residuals = np.sum(runtime.gather_json(exchange.state()["residual"][0].tolist()), axis=0)
+    # Sums that are made in half precision are rounded, by 16 where they are beyond 32,768.
+    np.testing.assert_allclose(received + residuals, num_ranks * gradient, atol=16 if name == "randomk" else 0.5)
 
 
 @at_2_3_4
@@ -204,12 +264,16 @@ def test_twenty_steps_lose_nothing_and_leave_all_ranks_alike(
         given = [total + gradient for total, gradient in zip(given, gradients, strict=True)]
     digest = hashlib.sha256(b"".join(weight.tobytes() for weight in weights)).hexdigest()
     assert len(set(runtime.gather_json(digest))) == 1
-    residuals = [array for key, array in exchange.kept.gradients().items() if key.endswith("residual")]
-    everything = sum(weight.astype(float).sum() for weight in weights) + sum(
-        array.astype(float).sum() for array in residuals
-    )
-    all_given = sum(runtime.sum_over_ranks(*(total.sum() for total in given)))
-    assert topology.rank > 0 or everything == pytest.approx(all_given, abs=0.05)  # rank 0 has the whole state
+    residuals = {
+        int(re.findall(r"\d+", key)[1]): array
+        for key, array in exchange.kept.gradients().items()
+        if key.endswith("residual")
+    }
+    mine = {str(index): array for index, array in enumerate(given)}
+    received = runtime.exchange_arrays([mine, *[{}] * (num_ranks - 1)])
+    for index, weight in enumerate(weights if topology.rank == 0 else []):  # rank 0 has the whole state
+        total = np.sum([of_rank[str(index)] for of_rank in received], axis=0)
+        np.testing.assert_allclose(weight + residuals.get(index, 0), total, rtol=1e-4, atol=1e-4)
 
 
 MLP = [(512, 784), (512,), (512, 512), (512,), (10, 512), (10,)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from common.buckets import allreduce_bytes
-from common.compression import CHUNK, GROUP, LARGEST_HALF, chunk_sizes, piece_size
+from common.compression import CHUNK, GROUP, chunk_sizes, largest_half, piece_size
 from common.config import CompressionConfig, DGCConfig, LossyConfig, SparseConfig, WireValues
 from common.tf import runtime
 from common.topology import Topology
@@ -419,7 +419,7 @@ def wire_dtype(values: WireValues) -> tf.DType:
 
 def to_wire(values: tf.Tensor, dtype: tf.DType, num_ranks: int = 1) -> tf.Tensor:
     """Float32 values in the dtype in which they travel; in half precision, sums over the ranks do not overflow."""
-    largest = LARGEST_HALF / num_ranks
+    largest = largest_half(num_ranks)
     return tf.cast(tf.clip_by_value(values, -largest, largest) if dtype == tf.float16 else values, dtype)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.buckets import allreduce_bytes
-from common.compression import CHUNK, GROUP, LARGEST_HALF, adasum_weights, piece_size
+from common.compression import CHUNK, GROUP, adasum_weights, largest_half, piece_size
 from common.config import CompressionConfig, DGCConfig, LossyConfig, SparseConfig, WireValues
 from common.topology import Topology
 from common.torch import runtime
@@ -414,7 +414,7 @@ def wire_dtype(values: WireValues) -> torch.dtype:
 
 def to_wire(values: Tensor, dtype: torch.dtype, num_ranks: int = 1) -> Tensor:
     """Float32 values in the dtype in which they travel; in half precision, sums over the ranks do not overflow."""
-    largest = LARGEST_HALF / num_ranks
+    largest = largest_half(num_ranks)
     return (values.clamp(-largest, largest) if dtype is torch.float16 else values).to(dtype)
 
 
