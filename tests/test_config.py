@@ -49,7 +49,7 @@ def test_every_shipped_option_is_for_some_task() -> None:
         ("hydra.run.dir=x", "hydra.run.dir=x: Hydra's own settings have no effect here"),
         ("train/epochs=3", "train/epochs=3: no such key; did you mean train.epochs?"),
         ("batch_size=32", "batch_size=32: no such key; did you mean train.global_batch_size?"),
-        ("lr=0.1", "lr=0.1: no such key; did you mean optimizer.lr?"),
+        ("lr=0.1", "lr=0.1: no such key; did you mean optimizer.lr? --help lists all keys"),
         ("train.lr=0.1", "train.lr=0.1: no such key; did you mean optimizer.lr?"),
         ("train.learning_rate=0.1", "no such key; did you mean optimizer.lr?"),
         ("run.name=x", "run.name=x: no such key; did you mean run.dir?"),
