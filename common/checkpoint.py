@@ -123,21 +123,32 @@ def read(folder: Path) -> Checkpoint:
     Raises:
         ConfigError: it is not; the message names the folder.
     """
-    from safetensors import SafetensorError
     from safetensors.numpy import load
 
     try:
-        state = disk.parse_json(disk.read_bytes(folder / STATE))
+        state = _understood(STATE, disk.parse_json, disk.read_bytes(folder / STATE))
         _check_state(state)
         contents = {name: disk.read_bytes(folder / name) for name in (WEIGHTS, OPTIMIZER, GRADIENTS)}
         _check_hashes(state, contents)
-        weights, moments, gradients = (load(content) for content in contents.values())
+        weights, moments, gradients = (_understood(name, load, content) for name, content in contents.items())
         if any(array.dtype.kind != "f" for array in weights.values()):
             raise ValueError(f"{WEIGHTS} has numbers that are no floating-point ones")
         return Checkpoint(folder, weights, moments, gradients, state)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else disk.brief(error)
+    except OSError as error:
+        reason = f"{Path(str(error.filename)).name} cannot be read ({error.strerror})"
         raise ConfigError([f"{folder}: is no sound checkpoint: {reason}"]) from error
+    except ValueError as error:
+        raise ConfigError([f"{folder}: is no sound checkpoint: {error}"]) from error
+
+
+def _understood(name: str, parse: Callable[[bytes], Any], content: bytes) -> Any:
+    """What a file stands for; raises a ValueError with its name when it is not of its format."""
+    from safetensors import SafetensorError
+
+    try:
+        return parse(content)
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{name} cannot be understood: {disk.brief(error)}") from error
 
 
 def _check_hashes(state: Mapping[str, Any], contents: Mapping[str, bytes]) -> None:

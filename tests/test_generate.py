@@ -124,7 +124,7 @@ def test_a_damaged_file_has_one_message_and_status_2(tmp_path: Path) -> None:
     checkpoint.sign("weights.safetensors")
     result = run([sys.executable, "-m", "recipes", "generate", f"run.dir={checkpoint.folder}"])
     assert (result.returncode, len(result.stdout.splitlines())) == (2, 1), result.stdout
-    assert "is no sound checkpoint: Error while deserializing" in result.stdout
+    assert "weights.safetensors cannot be understood: Error while deserializing" in result.stdout
 
 
 def test_an_unknown_command_is_named() -> None:
