@@ -141,7 +141,7 @@ def pip_install(*arguments: str, problem: str = "") -> None:
 
 
 def torch_source(index: str) -> list[str]:
-    """What tells pip to take torch from the index, which is an address or a folder, and from nowhere else."""
+    """What tells pip to take torch from the index, an address or a folder, instead of the index that pip uses else."""
     return ["--index-url", index] if "://" in index else ["--no-index", "--find-links", index]
 
 
