@@ -150,8 +150,10 @@ def install_packages(extras: list[str], index: str) -> None:
     pip_install("setuptools", "wheel")
     if "torch" in extras and index != "pip":
         # By itself, as the index may have other packages, too: the next step finds it there and leaves it.
-        problem = f"TORCH_INDEX={index}: pip found no torch there that fits, its message stands above; TORCH_INDEX=pip"
-        pip_install("--no-deps", *torch_source(index), "torch", problem=f"{problem} takes the one that pip prefers")
+        pinned = (ROOT / "build" / "constraints.txt").read_text().splitlines()
+        (torch,) = (line for line in pinned if line.startswith("torch=="))
+        problem = f"TORCH_INDEX={index}: has no {torch} for this Python; use another, or TORCH_INDEX=pip"
+        pip_install("--no-deps", *torch_source(index), torch, problem=problem)
     pip_install("--no-build-isolation", "--editable", f".[{','.join(extras)}]")
 
 
