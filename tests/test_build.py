@@ -141,8 +141,8 @@ def test_the_setup_says_which_phase_it_is_in(
 
 def make(*words: str, path: str | None = None) -> tuple[int, str]:
     """Status and output of make, with another PATH if one is given."""
-    program = shutil.which("make")
-    result = run([program, *words], env={} if path is None else {"PATH": path})
+    outermost = {"MAKELEVEL": "0", "MAKEFLAGS": ""}  # not one that `make test` calls, which would say where it is
+    result = run([shutil.which("make"), *words], env=outermost | ({} if path is None else {"PATH": path}))
     return result.returncode, result.stdout
 
 
