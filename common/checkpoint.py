@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -351,9 +351,11 @@ class Checkpoints:
         arrays = self._state.weights(), self._state.moments(), self._state.gradients()
         with self._runtime.joint_check():
             if self._rank == 0:
-                check_finite(step.number, *arrays)
                 self._wait()
+                check_finite(step.number, *arrays)
                 self._writing = self._writer.submit(self._write, step.number, *arrays, self._state_at(step, plan))
+                _unfinished.add(self._writing)
+                self._writing.add_done_callback(_unfinished.discard)
                 if is_last:
                     self._wait()
         if is_stop:
@@ -436,6 +438,14 @@ class Checkpoints:
             is_free = key.startswith(FREE) and key not in FIXED
             if not is_free and old.get(key) != new.get(key) and not _names(allowed, key):
                 yield f"{key}={new.get(key)}: is {old.get(key)} in {checkpoint.folder}; {_remedy(key)}"
+
+
+_unfinished: set[Future[None]] = set()
+
+
+def finish_writing() -> None:
+    """Returns when nothing more is being written, or could not be; for those who leave without Python's own end."""
+    wait(list(_unfinished))
 
 
 def _are_counters(counters: np.ndarray | None) -> bool:

@@ -3,13 +3,14 @@
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from common import stopping
+from common import checkpoint, stopping
 from common.agreement import Runtime
 from common.composition import compose, group_options
 from common.config import ConfigError, RunConfig, to_yaml
@@ -18,6 +19,7 @@ from common.host import are_hosts_alike, launched_topology
 from common.stopping import Stopped
 
 SECONDS_TO_GIVE_WAY = 5
+SECONDS_TO_MEET = 10
 _STATUS = {ConfigError: 2, TrainingError: 1, Stopped: stopping.EXIT_STATUS}
 HELP = """\
 usage: horovodrun -np N python -m recipes.{name} [key=value ...]
@@ -48,14 +50,17 @@ def run(train: Callable[[Any], Any], task: str, runtime: Runtime, arguments: Seq
             return
         stopping.listen()
         train(cfg)
-    except (ConfigError, TrainingError, Stopped) as error:  # raised by all ranks together
+    except (ConfigError, TrainingError, Stopped) as error:  # raised by all ranks together, as a rule
         if topology.rank == 0:
+            checkpoint.finish_writing()
             print(error, file=sys.stderr, flush=True)
         # All leave at once, when rank 0 has spoken and without Python's own tidying up: the launcher ends whoever is
         # still there a moment after the first one, and that one would leave with another status.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        runtime.from_rank_zero(None)
-        runtime.shutdown()
+        if _meet(runtime):
+            runtime.shutdown()
+        elif topology.rank > 0:
+            print(error, file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(_STATUS[type(error)])
     except Exception as error:
@@ -66,6 +71,14 @@ def run(train: Callable[[Any], Any], task: str, runtime: Runtime, arguments: Seq
         # The job's status is that of the first rank to leave: this one gives way to the one that failed.
         time.sleep(SECONDS_TO_GIVE_WAY)
         sys.exit(1)
+
+
+def _meet(runtime: Runtime) -> bool:
+    """Whether all ranks have come here; where a file is lost in the middle of training, one rank comes alone."""
+    meeting = threading.Thread(target=runtime.from_rank_zero, args=(None,), daemon=True)
+    meeting.start()
+    meeting.join(SECONDS_TO_MEET)
+    return not meeting.is_alive()
 
 
 def _process_sets(task: str, overrides: Sequence[str]) -> list[Sequence[int]]:

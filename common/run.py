@@ -140,10 +140,8 @@ class Run:
         is_skipped, remedy = float(sums.overflow) > 0, "a smaller optimizer.lr may help"
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped and float(sums.loss_scale) <= 1 else 0
         if self._skipped_in_a_row > MOST_SKIPPED:
-            raise TrainingError(
-                f"{self._skipped_in_a_row} steps in a row were skipped up to step {step.number}: losses or gradients are "
-                f"not finite; {remedy}"
-            )
+            what = f"{self._skipped_in_a_row} steps in a row were skipped up to step {step.number}"
+            raise TrainingError(f"{what}: losses or gradients are not finite; {remedy}")
         if not is_skipped and not math.isfinite(float(sums.loss)):
             raise TrainingError(
                 f"train_loss is {float(sums.loss)} at step {step.number}; {remedy}, or train.on_nonfinite=skip where "
@@ -290,11 +288,12 @@ def events_of_record(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _is_event(event: Any) -> bool:
-    """Whether it has a step, an epoch and numbers alone."""
+    """Whether it has a step, an epoch and numbers alone, under names that can be written again."""
     return (
         isinstance(event, dict)
         and all(type(event.get(name)) is int and 0 <= event[name] < 2**53 for name in ("step", "epoch"))
-        and all(type(value) in (int, float) and abs(value) < math.inf for value in event.values())
+        and all(type(value) in (int, float) and abs(value) < 1e300 for value in event.values())
+        and all(name.isascii() for name in event)
     )
 
 

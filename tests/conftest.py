@@ -103,6 +103,8 @@ def _launched(session: pytest.Session, key: tuple[str, int]) -> tuple[Reports, s
     launches = session.config.stash.setdefault(_LAUNCHES, {})
     if key not in launches:
         ids = [other.nodeid for other in session.items if _launch_key(other) == key]
+        if not ids:
+            pytest.skip(f"builds on tests that run on {key[1]} ranks with {key[0]}, and none was chosen")
         folder = session.config._tmp_path_factory.mktemp("-".join(map(str, key)))  # type: ignore[attr-defined]
         launches[key] = (*_launch(ids, key[1], folder), folder)
     return launches[key]

@@ -1,4 +1,7 @@
-"""A rank that trains small models in one layout after another: parallel_job.py FRAMEWORK FOLDER LAYOUT ..."""
+"""A rank that trains small models in one layout after another: parallel_job.py FRAMEWORK FOLDER [resumed].
+
+With `resumed` it trains a model of two stages with compressed gradients, each time whole and again from the middle.
+"""
 
 import importlib
 import sys
@@ -7,6 +10,7 @@ from typing import Any
 
 from common.composition import compose
 from common.host import launched_topology
+from common.topology import Topology
 
 # 9 steps; the eighth of the digits' epochs of 204 has 9 examples, fewer than there are micro-batches.
 TASKS = {
@@ -41,14 +45,37 @@ LAYOUTS: dict[int, dict[str, dict[str, list[str]]]] = {
     3: {"mnist_mlp": _SERVERS, "mnist_cnn": {"one server": _SERVER}, "transformer_lm": {"one server": _SERVER}},
     4: {"mnist_mlp": _FOUR_STAGES, "mnist_cnn": _TWO_BY_TWO, "transformer_lm": _FOUR_STAGES | _THREE_AND_ONE},
 }
+# Trained whole and resumed: the stages share a weight, and two ranks may have one stage.
+RESUMED = {
+    name: [*TASKS["transformer_lm"], *_PIPELINE, "train.max_steps=8", "train.log_every=1", "train.clip_norm=1", *values]
+    for name, values in {
+        "topk": ["compression=topk", "optimizer.freeze_step=6"],
+        "powersgd": ["compression=powersgd", "compression.rank=2", "optimizer.freeze_step=6"],
+        "dgc": ["compression=dgc", "optimizer=sgd", "optimizer.lr=0.05", "compression.warmup_steps=4"],
+    }.items()
+}
 # Has another curve than the others; comes first, as what it might leave behind would stop them.
 NOT_WAITING = [*_SERVER, "parallel.mode=async", "parallel.max_staleness=4", "compression=int8", "train.max_steps=150"]
 
 
-def main() -> None:
-    framework, folder = sys.argv[1], Path(sys.argv[2])
-    runtime: Any = importlib.import_module(f"common.{framework}.runtime")
-    place = launched_topology()
+def resumed(folder: Path, num_ranks: int) -> list[tuple[str, Any]]:
+    """Runs that are made whole, and again from their middle."""
+    common = ["compression.min_numel=64", "train.checkpoint_every=4", "train.keep_checkpoints=9"]
+    common += ["parallel.replicas_per_stage=[2,1]", "train.global_batch_size=24"] if num_ranks == 3 else []
+    runs = []
+    for name, values in RESUMED.items():
+        values = [value for value in values if name != "dgc" or "freeze_step" not in value]
+        whole = folder / name
+        again = [f"run.dir={folder / name}.again", f"resume={whole}/checkpoints/step-00000004"]
+        runs += [
+            ("transformer_lm", compose("transformer_lm", [*values, *common, *start]))
+            for start in ([f"run.dir={whole}"], again)
+        ]
+    return runs
+
+
+def layouts(folder: Path, place: Topology) -> list[tuple[str, Any]]:
+    """All tasks in all layouts of a number of ranks."""
     runs = [
         (task, compose(task, [*values, *COMMON, *layout, f"run.dir={folder / task / name}"]))
         for task, values in TASKS.items()
@@ -57,6 +84,14 @@ def main() -> None:
     if place.world_size == 3:
         overrides = [*TASKS["mnist_mlp"], *COMMON, *NOT_WAITING, "optimizer=sgd", f"run.dir={folder / 'not_waiting'}"]
         runs.insert(0, ("mnist_mlp", compose("mnist_mlp", overrides)))
+    return runs
+
+
+def main() -> None:
+    framework, folder = sys.argv[1], Path(sys.argv[2])
+    runtime: Any = importlib.import_module(f"common.{framework}.runtime")
+    place = launched_topology()
+    runs = resumed(folder, place.world_size) if "resumed" in sys.argv else layouts(folder, place)
     runtime.init({tuple(ranks) for _, cfg in runs for ranks in place.arranged(cfg).process_sets(cfg)})
     for task, cfg in runs:
         importlib.import_module(f"recipes.{task}_{framework}").train(cfg)

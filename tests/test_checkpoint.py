@@ -1,18 +1,25 @@
 """Checkpoints on disk, and what a run refuses to go on from."""
 
+import errno
 import json
+import socket
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import checkpoint
+from common import checkpoint, disk, run_lock
 from common.array_exchange import Arrays
 from common.checkpoint import Checkpoints, check_names_and_shapes
 from common.composition import compose
 from common.config import ConfigError
+from common.errors import TrainingError
 from common.sharding import Plan
 from common.step_sums import StepSums
 from common.stopping import Stopped
+from tests.launch import ROOT
 from tests.one_rank import ALONE, OneRank
 
 import numpy as np
@@ -60,7 +67,11 @@ def run(
 
 
 def saved(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+    return saved_in(folder / "checkpoints")
+
+
+def saved_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_the_newest_checkpoints_are_kept_and_hold_what_training_needs(tmp_path: Path) -> None:
@@ -84,6 +95,99 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert saved(tmp_path) == ["step-00000003", "step-00000005"]
     numbers = run(tmp_path)
     assert (numbers.weight[0], numbers.moment[0]) == (10, 20)
+
+
+@pytest.mark.parametrize("how", ["resume=PATH", "damage"])
+def test_a_run_that_goes_back_sets_the_steps_beyond_aside(tmp_path: Path, how: str) -> None:
+    run(tmp_path)
+    (tmp_path / "lock").write_text("another host, process 1\n")  # left behind by a process that is gone
+    start = []
+    if how == "resume=PATH":
+        start = [f"resume={tmp_path}/checkpoints/step-00000006"]
+    else:
+        for step in (9, 10):
+            damage(tmp_path / f"checkpoints/step-{step:08}", "cut")
+    with pytest.raises(Stopped):
+        run(tmp_path, "train.keep_checkpoints=1", *start, stop_at=7)
+    assert saved(tmp_path) == ["abandoned", "step-00000007"]
+    assert saved_in(tmp_path / "checkpoints/abandoned") == ["step-00000009", "step-00000010"]
+    assert run(tmp_path, "train.keep_checkpoints=1").weight[0] == 10
+    if how == "resume=PATH":  # what was set aside is as sound as it was, and another branch may follow
+        again = [f"resume={tmp_path}/checkpoints/abandoned/step-00000009", "resume.allow_changes=[train.max_steps]"]
+        with pytest.raises(Stopped):
+            run(tmp_path, *again, "train.max_steps=12", stop_at=11)
+        assert "step-00000010.2" in saved_in(tmp_path / "checkpoints/abandoned")
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = Numbers.weights
+
+    def broken(self: Numbers) -> dict[str, np.ndarray]:
+        return {"0.weight": np.where(self.weight > 5, np.nan, weights(self)["0.weight"])}
+
+    monkeypatch.setattr(Numbers, "weights", broken)
+    with pytest.raises(TrainingError, match=r"0\.weight is not finite after step 6, and is not saved"):
+        run(tmp_path, "train.keep_checkpoints=1")
+    assert saved(tmp_path) == ["step-00000003"]
+
+
+def test_the_record_is_on_the_disk_before_a_checkpoint_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def noted(method: Callable[..., None]) -> Callable[..., None]:
+        def call(path: Path, *all_else: Any) -> None:
+            order.append(path.name)
+            method(path, *all_else)
+
+        return call
+
+    monkeypatch.setattr(checkpoint, "write", noted(checkpoint.write))
+    monkeypatch.setattr(disk, "sync_path", noted(disk.sync_path))
+    (tmp_path / "ledger").mkdir()
+    for path in ("metrics.jsonl", "ledger/from-step-00000000.rank-0000.jsonl"):
+        (tmp_path / path).touch()
+    run(tmp_path, "train.checkpoint_every=0")
+    assert order[:3] == ["from-step-00000000.rank-0000.jsonl", "metrics.jsonl", "step-00000010"]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from common import run_lock
+run_lock.hold(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_another_job_in_the_folder_is_refused_until_it_ends(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True, cwd=ROOT) as job:
+        assert job.stdout is not None
+        assert job.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=rf"run.dir=.*: is in use by {socket.gethostname()}, process {job.pid};"):
+            run(tmp_path)
+        job.kill()
+    run(tmp_path)
+    run_lock.let_go(tmp_path)
+    assert not (tmp_path / "lock").exists()
+
+
+@pytest.mark.parametrize("answer", ["No locks available", "no answer in 0 s"])
+def test_a_file_system_without_locks_is_said_and_does_not_hang(
+    tmp_path: Path, answer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = threading.Event()
+
+    def flock(*_: Any) -> None:
+        if answer.startswith("no answer"):
+            given.wait(20)
+        raise OSError(errno.ENOLCK, answer)
+
+    monkeypatch.setattr("common.run_lock.SECONDS", 0.1)
+    monkeypatch.setattr("fcntl.flock", flock)
+    run(tmp_path)
+    given.set()
+    assert f"its file system has no locks ({answer})" in capsys.readouterr().err
 
 
 def damage(folder: Path, how: str) -> None:
@@ -117,6 +221,7 @@ def test_without_a_sound_checkpoint_nothing_is_started_or_overwritten(tmp_path: 
     with pytest.raises(Stopped):
         run(tmp_path, stop_at=2)
     damage(tmp_path / "checkpoints/step-00000002", "cut")
+    run_lock.let_go(tmp_path)  # as the end of its process does
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for source in ("auto", "never", str(tmp_path), str(tmp_path / "checkpoints/step-00000002")):
         with pytest.raises(ConfigError, match=r"sound checkpoint|holds checkpoints"):

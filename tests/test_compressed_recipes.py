@@ -11,7 +11,7 @@ from common.topology import Topology
 from common.validation import validate
 from tests.conftest import Launches
 from tests.launch import FRAMEWORKS, ROOT, horovodrun, read_events
-from tests.test_recipes import COMMON, SMALL, losses
+from tests.test_recipes import COMMON, SMALL, losses, train_here
 
 import numpy as np
 import pytest
@@ -86,8 +86,31 @@ def test_auto_says_what_it_measured_and_goes_on_with_its_choice(framework: str, 
     assert job.returncode == 0, job.stdout
     for part in ("compression=auto: latency", "sign       step", "none       step", "compression=sign: no other saves"):
         assert part in job.stdout
-    config = (tmp_path / "config.yaml").read_text()
-    assert "name: sign" in config
+    assert "name: sign" in (tmp_path / "config.yaml").read_text()
+    # By a new measurement it would now take the other one.
+    (tmp_path / "summary.json").unlink()
+    more = ["train.max_steps=5", "resume.allow_changes=[train.max_steps]", *STEPS[1:]]
+    job = horovodrun(2, *command, "compression.candidates=[none,sign]", "compression.min_gain=0.99", *more)
+    assert job.returncode == 0, job.stdout
+    assert "latency" not in job.stdout
+    assert "name: sign" in (tmp_path / "config.yaml").read_text()
+    assert list(losses(read_events(tmp_path))) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.ranks(2)
+def test_auto_does_with_fewer_examples_than_a_rank_would_take(framework: str, shared_path: Path) -> None:
+    few = ["data.num_examples=3", "compression=auto", "compression.candidates=[none,int8]", "train.epochs=2"]
+    assert len(train_here(framework, "linear_regression", shared_path / "run", *few, "train.log_every=1")) == 2
+
+
+@pytest.mark.ranks(2)
+def test_dgc_on_weights_that_are_too_small_for_it_is_plain_training(framework: str, shared_path: Path) -> None:
+    overrides = ["train.epochs=4", "optimizer=sgd", "optimizer.lr=0.02", "train.log_every=1"]
+    plain, dgc = (
+        train_here(framework, "linear_regression", shared_path / name, *overrides, f"compression={name}")
+        for name in ("none", "dgc")
+    )
+    assert dgc == plain
 
 
 def test_the_commands_of_the_page_are_known() -> None:

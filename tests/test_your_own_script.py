@@ -9,7 +9,7 @@ from typing import Any
 
 from common.composition import compose
 from common.datasets import digits
-from common.run import TrainingError
+from common.errors import TrainingError
 from common.topology import Topology
 from tests.launch import FRAMEWORKS, ROOT, horovodrun, read_events, run
 

@@ -8,11 +8,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from common.buckets import allreduce_bytes
 from common.compression import CHUNK, GROUP, chunk_sizes, largest_half, piece_size
-from common.config import CompressionConfig, DGCConfig, LossyConfig, SparseConfig, WireValues
+from common.config import CompressionConfig, ConfigError, DGCConfig, LossyConfig, SparseConfig, WireValues
 from common.tf import runtime
 from common.topology import Topology
 
@@ -367,9 +368,21 @@ class PlainMomentum:
             velocity.assign(state[index])
 
 
+def find(name: str) -> Any:
+    """The class of a method's compressor.
+
+    Raises:
+        ConfigError: there is none for this framework.
+    """
+    module = f"common.tf.compressors.{name}"
+    if find_spec(module) is None:
+        raise ConfigError([f"compression={name}: there is no {module.replace('.', '/')}.py; write it, or use another"])
+    return importlib.import_module(module).Compressor
+
+
 def build(cfg: LossyConfig, unit: Unit, topology: Topology) -> Compressor:
     """The method of the configuration with what is wrapped around it."""
-    compressor: Compressor = importlib.import_module(f"common.tf.compressors.{cfg.name}").Compressor(cfg, unit)
+    compressor: Compressor = find(cfg.name)(cfg, unit)
     if cfg.error_feedback and not isinstance(cfg, DGCConfig):  # which has its own residual
         compressor = ErrorFeedback(compressor)
     if cfg.two_level:

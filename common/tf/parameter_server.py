@@ -5,7 +5,6 @@ the worker's push has its gradients of the piece, the server's answer has the ne
 Distributed Machine Learning with the Parameter Server", 2014, https://www.usenix.org/system/files/conference/osdi14/osdi14-paper-li_mu.pdf
 """
 
-import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -18,7 +17,7 @@ from common.errors import TrainingError
 from common.precision import LossScale
 from common.service import NOT_FINITE, Answer, Push, Service, waits
 from common.step_sums import StepSums
-from common.tf import optimizers, runtime
+from common.tf import compression, optimizers, runtime
 from common.tf.compression import Channel, Codec, Unit, as_bytes, from_bytes
 from common.tf.gradients import Gradients, all_finite, clip_global_norm, squared_norm
 from common.tf.optimizers import Optimizer
@@ -291,7 +290,7 @@ class _Code:
         if isinstance(cfg.compression, LossyConfig):
             name, size = cfg.compression.name, like.shape[1]
             unit = Unit(0, [(size,)], Channel("push", hvd.global_process_set), cfg.seed)
-            self._codec = importlib.import_module(f"common.tf.compressors.{name}").Compressor(cfg.compression, unit)
+            self._codec = compression.find(name)(cfg.compression, unit)
             self._start = cfg.compression.start_step - 1
             if not isinstance(self._codec, Codec):
                 raise ConfigError(

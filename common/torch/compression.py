@@ -9,11 +9,12 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from common.buckets import allreduce_bytes
 from common.compression import CHUNK, GROUP, adasum_weights, largest_half, piece_size
-from common.config import CompressionConfig, DGCConfig, LossyConfig, SparseConfig, WireValues
+from common.config import CompressionConfig, ConfigError, DGCConfig, LossyConfig, SparseConfig, WireValues
 from common.topology import Topology
 from common.torch import runtime
 
@@ -333,9 +334,21 @@ class PlainMomentum:
                 parameter.grad.copy_(self.velocities[index])
 
 
+def find(name: str) -> Any:
+    """The class of a method's compressor.
+
+    Raises:
+        ConfigError: there is none for this framework.
+    """
+    module = f"common.torch.compressors.{name}"
+    if find_spec(module) is None:
+        raise ConfigError([f"compression={name}: there is no {module.replace('.', '/')}.py; write it, or use another"])
+    return importlib.import_module(module).Compressor
+
+
 def build(cfg: LossyConfig, unit: Unit, topology: Topology) -> Compressor:
     """The method of the configuration with what is wrapped around it."""
-    compressor: Compressor = importlib.import_module(f"common.torch.compressors.{cfg.name}").Compressor(cfg, unit)
+    compressor: Compressor = find(cfg.name)(cfg, unit)
     if cfg.error_feedback and not isinstance(cfg, DGCConfig):  # which has its own residual
         compressor = ErrorFeedback(compressor)
     if cfg.two_level:

@@ -5,7 +5,6 @@ the worker's push has its gradients of the piece, the server's answer has the ne
 Distributed Machine Learning with the Parameter Server", 2014, https://www.usenix.org/system/files/conference/osdi14/osdi14-paper-li_mu.pdf
 """
 
-import importlib
 import math
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from common.precision import LossScale
 from common.service import NOT_FINITE, Answer, Push, Service, waits
 from common.step_sums import StepSums
 from common.topology import Topology
-from common.torch import optimizers, runtime
+from common.torch import compression, optimizers, runtime
 from common.torch.compression import Channel, Codec, Unit
 from common.torch.gradients import Gradients
 from common.torch.norms import norm
@@ -268,7 +267,7 @@ class _Code:
         if isinstance(cfg.compression, LossyConfig):
             name, size = cfg.compression.name, like.shape[1]
             unit = Unit(0, [(size,)], Channel("push", hvd.global_process_set), cfg.seed, like.device)
-            self._codec = importlib.import_module(f"common.torch.compressors.{name}").Compressor(cfg.compression, unit)
+            self._codec = compression.find(name)(cfg.compression, unit)
             self._start = cfg.compression.start_step - 1
             if not isinstance(self._codec, Codec):
                 raise ConfigError(
