@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from common.batch_size import BatchSizes
-from common.config import RunConfig, TrainConfig
+from common.config import ConfigError, RunConfig, TrainConfig
 from common.topology import Topology
 
 import numpy as np
@@ -89,11 +89,19 @@ class Plan:
         restored: Mapping[str, Any] = MappingProxyType({}),
         classes: np.ndarray | None = None,
     ) -> Self:
-        """The plan that a configuration asks for, from where the restored state of a checkpoint stands."""
+        """The plan that a configuration asks for, from where the restored state of a checkpoint stands.
+
+        Raises:
+            ConfigError: it stands beyond the end of an epoch.
+        """
         sizes = BatchSizes(cfg.train, num_examples)
         if restored:
             sizes = BatchSizes.from_json(cfg.train, num_examples, restored["batch_sizes"])
         start = Position(**restored.get("position", {}))
+        if start.offset >= num_examples:
+            raise ConfigError(
+                [f"resume: the checkpoint has used {start.offset} of {num_examples} examples of an epoch"]
+            )
         return cls(cfg.train, num_examples, cfg.seed, topology, sizes, start, classes)
 
     def steps(self) -> Iterator[Step]:

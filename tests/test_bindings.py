@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 from common import array_exchange, stopping
 from common.config import AdamWConfig, ConfigError, OptimizerConfig, SGDConfig
@@ -170,6 +171,36 @@ def test_weight_decay_is_for_matrices(framework: str, runtime: ModuleType) -> No
     model.step(0.1)
     for weight, old in zip(model.weights, before, strict=True):
         np.testing.assert_allclose(weight, old * (0.95 if old.ndim == 2 else 1.0), rtol=1e-6)
+
+
+def test_optimizer_state_that_only_rank_zero_has_reaches_all(framework: str, runtime: ModuleType) -> None:
+    topology = runtime.init()
+    if framework == "torch":
+        import torch
+
+        model: Any = torch.nn.Linear(3, 2)
+        optimizer: Any = torch.optim.Adam(model.parameters(), 0.1 if topology.rank == 0 else 0.5)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            model(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+    else:
+        import keras
+
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+        optimizer = keras.optimizers.Adam(0.1 if topology.rank == 0 else 0.5)
+
+        def step() -> None:
+            optimizer.apply([0.5 * keras.ops.ones_like(variable) for variable in model.weights], model.weights)
+
+    if topology.rank == 0:
+        for _ in range(3):
+            step()
+    runtime.broadcast_state(model, optimizer)
+    runtime.check_in_sync(model)
+    step()  # with other moments, numbers of steps or learning rates the weights would part
+    runtime.check_in_sync(model)
 
 
 def test_all_ranks_start_from_rank_zeros_weights(framework: str, runtime: ModuleType) -> None:

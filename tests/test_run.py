@@ -10,7 +10,7 @@ from common.buckets import Bucket
 from common.composition import compose
 from common.datasets.linear import Measurements
 from common.errors import TrainingError
-from common.run import Run
+from common.run import Run, _Progress
 from common.sharding import Plan
 from common.step_sums import StepSums
 from common.topology import Topology
@@ -102,3 +102,47 @@ def test_a_loss_that_is_not_finite_ends_training_on_every_rank(tmp_path: Path, r
     with pytest.raises(TrainingError, match=r"train_loss is nan at step 1; a smaller optimizer.lr may help"):
         record(tmp_path, rank, loss=float("nan"))
     assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_damaged_record_is_kept_aside_and_training_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    first, *others = path.read_bytes().splitlines(keepends=True)
+    foreign = [
+        b"\xff\xfe\n",
+        b"[1]\n",
+        b'{"step": "1"}\n',
+        b'{"step": 1, "epoch": 1, "x": 1e999}\n',
+        b"[" * 9999 + b"\n",
+    ]
+    damaged = b"".join([*foreign, first, *others, b'{"step": 2, "ep'])
+    path.write_bytes(damaged)
+    record(tmp_path, restored={"position": {"step": 1, "epoch": 1, "offset": 5}, "batch_sizes": {}})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 2]
+    assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == damaged
+    assert "is damaged, and kept as metrics.damaged.jsonl: line 1 is not JSON" in capsys.readouterr().err
+
+
+def test_a_line_of_progress_fits_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    plan = Plan.of(compose("mnist_mlp", ["train.max_steps=9"]), 1000, Topology(0, 1, 0, 1))
+    step = next(plan.steps())
+    for columns in (20, 80, 200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        _Progress(plan).show(step, {"train_loss": 0.123456, "test_loss": 0.5, "noise_scale": 1234.5, "staleness": 3})
+        line = capsys.readouterr().out.removeprefix("\r\033[K")
+        assert len(line) < columns
+        assert ("noise_scale" in line) == (columns == 200)
+        assert line.endswith("ETA 0:00") == (columns > 20)
+
+
+def test_one_rank_is_not_one_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = compose("mnist_mlp", [f"run.dir={tmp_path}"])
+    Run(cfg, "some_recipe_torch", Plan.of(cfg, 10, Topology(0, 1, 0, 1)), OneRank())
+    said = capsys.readouterr().out
+    assert said.startswith("some_recipe_torch: 1 rank, 10 examples")
+    assert "note: train.global_batch_size=64: a step takes all 10 examples, as there are no more" in said
