@@ -17,6 +17,7 @@ from common.config import ConfigError, RunConfig, to_yaml
 from common.errors import TrainingError
 from common.host import are_hosts_alike, launched_topology
 from common.stopping import Stopped
+from common.topology import Topology
 
 SECONDS_TO_GIVE_WAY = 5
 SECONDS_TO_MEET = 10
@@ -40,7 +41,7 @@ def run(train: Callable[[Any], Any], task: str, runtime: Runtime, arguments: Seq
     """
     words = sys.argv[1:] if arguments is None else arguments
     overrides = [word for word in words if word not in ("-h", "--help")]
-    topology = runtime.init(_process_sets(task, overrides))
+    topology = _started(runtime, _process_sets(task, overrides))
     try:
         with runtime.joint_check():
             cfg = compose(task, overrides)
@@ -71,6 +72,20 @@ def run(train: Callable[[Any], Any], task: str, runtime: Runtime, arguments: Seq
         # The job's status is that of the first rank to leave: this one gives way to the one that failed.
         time.sleep(SECONDS_TO_GIVE_WAY)
         sys.exit(1)
+
+
+def _started(runtime: Runtime, process_sets: list[Sequence[int]]) -> Topology:
+    """Starts Horovod, which refuses ranks that want other process sets than each other."""
+    try:
+        return runtime.init(process_sets)
+    except ValueError:
+        print(
+            "Horovod could not start, as its message above says; give all ranks the same keys: parallel, "
+            "compression.two_level and model.tied decide which ranks exchange something among themselves",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)
 
 
 def _meet(runtime: Runtime) -> bool:

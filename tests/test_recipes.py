@@ -38,9 +38,13 @@ TASKS = list(SMALL)
 # Runs that are made on every number of ranks: task, overrides, number of steps.
 RUNS = {
     **{task: (task, overrides, 36) for task, overrides in SMALL.items()},
-    "mnist_mlp, another seed and batch": ("mnist_mlp", ["seed=11", "train.global_batch_size=96"], 24),
-    "mnist_mlp, a full bucket": ("mnist_mlp", ["seed=5", "model.hidden_sizes=[8000]", "train.global_batch_size=50"], 8),
-    "mnist_cnn, another seed and batch": (
+    "mnist_mlp of another seed": ("mnist_mlp", ["seed=11", "train.global_batch_size=96"], 24),
+    "mnist_mlp with a full bucket": (
+        "mnist_mlp",
+        ["seed=5", "model.hidden_sizes=[8000]", "train.global_batch_size=50"],
+        8,
+    ),
+    "mnist_cnn of another seed": (
         "mnist_cnn",
         [*SMALL["mnist_cnn"], "seed=7", "train.global_batch_size=53"],
         24,
