@@ -41,7 +41,7 @@ RUNS = {
     "mnist_mlp of another seed": ("mnist_mlp", ["seed=11", "train.global_batch_size=96"], 24),
     "mnist_mlp with a full bucket": (
         "mnist_mlp",
-        ["seed=5", "model.hidden_sizes=[8000]", "train.global_batch_size=50"],
+        ["seed=5", "model.hidden_sizes=[8000]", "train.global_batch_size=50", "lr_schedule=constant"],
         8,
     ),
     "mnist_cnn of another seed": (

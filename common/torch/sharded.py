@@ -215,7 +215,7 @@ class ServedOptimizer(ShardedOptimizer):
 
     def __init__(self, cfg: OptimizerConfig, stage: Stage, owners: Sequence[int]) -> None:
         super().__init__(cfg, stage, owners)
-        self._rate = [{"lr": cfg.lr}]  # of a worker, who tells the servers
+        self._rate: list[dict[str, Any]] = [{"lr": cfg.lr, "params": []}]  # of a worker, who tells the servers
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
