@@ -37,7 +37,7 @@ STATE = "state.json"
 # keys of data change in the examples themselves, the fingerprint tells.
 FREE = (
     *("resume.", "run.", "parallel.", "optimizer.sharded", "data."),
-    *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints"),
+    *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.on_nonfinite"),
 )
 FIXED = ("data.balance", "data.max_shift", "data.max_rotation")
 
