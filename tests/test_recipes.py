@@ -288,7 +288,11 @@ def shards_of_digits(folder: Path) -> dict[str, Path]:
 
 def checkpoint_folders(folder: Path) -> dict[str, Path]:
     """A checkpoint that is cut off, and one of another task."""
-    state = {"task": "mnist_cnn", "fingerprint": "", "config": {}, "position": {"step": 2, "epoch": 1, "offset": 0}}
+    state = {
+        **{"task": "mnist_cnn", "framework": "torch", "fingerprint": "", "config": {"optimizer": {"name": "sgd"}}},
+        "position": {"step": 2, "epoch": 1, "offset": 0},
+        "batch_sizes": {"changes": [[1, 64]], "noise": 0.0, "signal": 0.0},
+    }
     folders = {name: folder / name / "step-00000002" for name in ("cut", "other")}
     for path in folders.values():
         checkpoint.write(path, {"0.weight": np.zeros(3)}, {}, {}, state)
