@@ -35,7 +35,7 @@ help: ## list the targets and the options
 
 setup: ## make .venv and build Horovod into it; does nothing where that is done
 	$(if $(shell $(PYTHON) -c "print(1)" 2>/dev/null),,$(error $(NO_PYTHON)))
-	@$(PYTHON) build/setup.py $(foreach option,$(SETUP_OPTIONS),$(if $($(option)),'$(option)=$($(option))'))
+	@$(PYTHON) install/setup.py $(foreach option,$(SETUP_OPTIONS),$(if $($(option)),'$(option)=$($(option))'))
 
 train: setup ## set up and train: make train NP=2 RECIPE=mnist_mlp_torch ARGS="train.epochs=5"
 	$(IN_VENV) horovodrun -np $(NP) python -m recipes.$(RECIPE) $(ARGS)
@@ -48,7 +48,7 @@ lint: setup ## ruff and mypy
 	$(IN_VENV) ruff format --check .
 	$(IN_VENV) mypy
 
-bench: setup ## step times side by side with other programs, and what is spent on anything else (about 11 minutes)
+bench: setup ## step times side by side with other programs, and what is spent on anything else (8 to 11 minutes)
 	$(IN_VENV) python -m benchmarks.side_by_side
 	$(IN_VENV) python -m benchmarks.overheads
 

@@ -20,7 +20,7 @@ import tempfile
 from typing import Any
 
 from benchmarks import kept
-from common.composition import compose
+from common.config.composition import compose
 
 SEEDS = 3
 NUM_RANKS = 2
@@ -52,7 +52,7 @@ def overrides(task: str, side: str, seed: int) -> list[str]:
 
 def on_rank(arguments: argparse.Namespace) -> None:
     """Runs on each rank; rank 0 prints the results, task -> side -> one of each seed."""
-    runtime: Any = importlib.import_module(f"common.{arguments.framework}.runtime")
+    runtime: Any = importlib.import_module(f"common.{arguments.framework}.distributed.runtime")
     topology = runtime.init()
     for task in arguments.tasks:
         recipe: Any = importlib.import_module(f"recipes.{task}_{arguments.framework}")

@@ -50,24 +50,24 @@ def on_rank(recipe: str, folder: str, steps: int) -> None:
     """Trains on each rank; rank 0 prints what it noted."""
     module = importlib.import_module(f"recipes.{recipe}")
     imported = time.time()
-    from common.checkpoint import Checkpoints
-    from common.composition import compose
-    from common.run import Run
+    from common.config.composition import compose
+    from common.training.checkpoint import Checkpoints
+    from common.training.run_log import RunLog
 
     task, _, framework = recipe.rpartition("_")
-    runtime = importlib.import_module(f"common.{framework}.runtime")
+    runtime = importlib.import_module(f"common.{framework}.distributed.runtime")
     topology = runtime.init()
     joined = time.time()
     logging: list[float] = []
     saving: list[float] = []
     first: list[float] = []
-    record = clocked(Run.record, logging)
+    record = clocked(RunLog.record, logging)
 
     def note_first(*arguments: Any) -> None:
         record(*arguments)
         first.append(time.time())
 
-    setattr(Run, "record", note_first)  # noqa: B010
+    setattr(RunLog, "record", note_first)  # noqa: B010
     setattr(Checkpoints, "save_if_due", clocked(Checkpoints.save_if_due, saving))  # noqa: B010
     cfg = compose(task, [f"run.dir={folder}/run", f"train.max_steps={steps}", "train.checkpoint_every=100"])
     summary = module.train(cfg)

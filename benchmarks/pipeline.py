@@ -24,8 +24,8 @@ from typing import Any
 
 from benchmarks import kept
 from benchmarks.side_by_side import ONE_CORE, write_text
-from common.composition import compose
-from common.host import launched_topology
+from common.config.composition import compose
+from common.distributed.launcher_env import launched_topology
 
 MODEL = ["model=lm_mini", "model.context=128", "model.tied=false", "train.global_batch_size=32"]
 STEPS = 5
@@ -45,7 +45,7 @@ def on_rank(framework: str, side: str, steps: int, folder: Path) -> None:
     _, trainer, overrides = SIDES[side]
     block = [f"train.max_steps={steps}", f"data.path={folder / 'text.txt'}"]
     cfg = compose("transformer_lm", [*MODEL, *LENGTH, *overrides, *block])
-    runtime: Any = importlib.import_module(f"common.{framework}.runtime")
+    runtime: Any = importlib.import_module(f"common.{framework}.distributed.runtime")
     topology = runtime.init()
     if trainer == "ours":
         cfg.run.dir = str(folder / "run")

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import kept
-from common.composition import compose
+from common.config.composition import compose
 
 PAIRS = 5
 TEXT_CHARACTERS = 60_000  # of the default corpus, so that the evaluation at the end of a block is short
@@ -107,13 +107,13 @@ def block(case: Case, framework: str, trainer: str, num_ranks: int, folder: Path
     if trainer != "ours":
         peers = importlib.import_module(f"benchmarks.peers.{framework}_peers")
         return statistics.median(getattr(peers, trainer)(case.task, cfg))
-    runtime: Any = importlib.import_module(f"common.{framework}.runtime")
+    runtime: Any = importlib.import_module(f"common.{framework}.distributed.runtime")
     recipe: Any = importlib.import_module(f"recipes.{case.task}_{framework}")
     cfg.run.dir = str(folder / "run")
     seconds: float = recipe.train(cfg)["step_seconds_median"]
     if runtime.init().rank == 0:
         shutil.rmtree(folder / "run")
-    runtime.from_rank_zero(None)
+    runtime.broadcast_object(None)
     return seconds
 
 
@@ -135,7 +135,7 @@ def on_rank(name: str, folder: Path, trainers: list[str], num_blocks: int, steps
     """Runs on each rank; rank 0 prints the seconds of each side's blocks."""
     of_case, framework, _ = name.split(".")
     case = replace(CASES[of_case], steps=steps)
-    runtime: Any = importlib.import_module(f"common.{framework}.runtime")
+    runtime: Any = importlib.import_module(f"common.{framework}.distributed.runtime")
     topology = runtime.init()
     blocks: list[list[float]] = [[] for _ in trainers]
     for number in range(num_blocks):

@@ -40,7 +40,7 @@ from unittest import mock
 
 from benchmarks import kept
 from benchmarks.side_by_side import Case, block, in_turn, write_text
-from common.host import num_cores
+from common.distributed.launcher_env import num_cores
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -266,13 +266,13 @@ def counted(batches: Callable[P, Iterator[T]], counts: list[int]) -> Callable[P,
 def one_block(name: str, side: str, steps: int, folder: Path) -> tuple[float, float]:
     """Runs on each rank: a block of a side; seconds and bytes of a step."""
     from benchmarks.peers import torch_peers
-    from common.run import Run
+    from common.training.run_log import RunLog
 
     case = dataclasses.replace(CASES[name], steps=steps, overrides=OURS.get(side, ()))
     trainer = "ours" if side in OURS else side
     counts: list[int] = []
     with (
-        mock.patch.object(Run, "steps", counted(Run.steps, counts)),
+        mock.patch.object(RunLog, "steps", counted(RunLog.steps, counts)),
         mock.patch.object(torch_peers, "steps", counted(torch_peers.steps, counts)),
     ):
         seconds = block(case, "torch", trainer, len(HOSTS), folder)
@@ -281,7 +281,7 @@ def one_block(name: str, side: str, steps: int, folder: Path) -> tuple[float, fl
 
 def on_rank(name: str, sides: list[str], num_rounds: int, steps: int, folder: Path) -> None:
     """Runs on each rank; rank 0, on host a, prints seconds and bytes of a step in each side's blocks."""
-    from common.torch import runtime
+    from common.torch.distributed import runtime
 
     topology = runtime.init()
     blocks: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.side_by_side import write_text
-from common.composition import compose
-from common.host import launched_topology
+from common.config.composition import compose
+from common.config.layout import arranged, process_sets
+from common.distributed.launcher_env import launched_topology
 
 MODEL = "lm_small"
 TRAINING = ["train.global_batch_size=8", "train.max_steps=1"]
@@ -34,10 +35,10 @@ def on_rank(framework: str, model: str, folder: Path) -> None:
     layout = PIPELINE if place.world_size > 1 else []
     folders = [f"data.path={folder / 'text.txt'}", f"run.dir={folder / str(place.world_size)}"]
     cfg = compose("transformer_lm", [f"model={model}", *TRAINING, *layout, *folders])
-    runtime: Any = importlib.import_module(f"common.{framework}.runtime")
-    runtime.init(place.arranged(cfg).process_sets(cfg))
+    runtime: Any = importlib.import_module(f"common.{framework}.distributed.runtime")
+    runtime.init(process_sets(arranged(place, cfg), cfg))
     importlib.import_module(f"recipes.transformer_lm_{framework}").train(cfg)
-    of_ranks = runtime.gather_json(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+    of_ranks = runtime.allgather_object(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
     if place.rank == 0:
         print("measured", json.dumps(of_ranks), flush=True)
 

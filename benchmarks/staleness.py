@@ -19,8 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common.composition import compose
-from common.host import launched_topology
+from common.config.composition import compose
+from common.config.layout import arranged, process_sets
+from common.distributed.launcher_env import launched_topology
 
 NUM_RANKS = 4
 SLOWER = 5
@@ -30,13 +31,13 @@ TRAINING = ["parallel=parameter_server", "train.log_every=1"]
 
 def on_rank(framework: str, max_staleness: int, epochs: int, folder: Path) -> None:
     """Runs on each rank; each run's figures are printed by rank 0."""
-    runtime: Any = importlib.import_module(f"common.{framework}.runtime")
+    runtime: Any = importlib.import_module(f"common.{framework}.distributed.runtime")
     recipe: Any = importlib.import_module(f"recipes.mnist_mlp_{framework}")
     asynchronous = ["parallel.mode=async", f"parallel.max_staleness={max_staleness}"]
     place, rule = launched_topology(), recipe.learning_rate
     training = [*TRAINING, f"train.epochs={epochs}"]
     cfg = compose("mnist_mlp", training)
-    runtime.init(place.arranged(cfg).process_sets(cfg))
+    runtime.init(process_sets(arranged(place, cfg), cfg))
     seconds = 0.0
     runs: list[tuple[str, list[str], bool]] = [
         ("sync, all alike", [], False),
@@ -53,7 +54,7 @@ def on_rank(framework: str, max_staleness: int, epochs: int, folder: Path) -> No
 
         recipe.learning_rate = slowed
         summary = recipe.train(compose("mnist_mlp", [*training, *overrides, f"run.dir={folder / str(number)}"]))
-        of_ranks = runtime.gather_json(summary["step_seconds_median"])
+        of_ranks = runtime.allgather_object(summary["step_seconds_median"])
         others = sorted(of_ranks[1:-1])[0]
         seconds = seconds or others
         if place.rank == 0:

@@ -1,1 +1,1 @@
-"""How a model is trained on many ranks: the rules, and below torch/ and tf/ how each framework carries them out."""
+"""Training on many ranks: the framework-independent parts, and torch/ and tf/ for each framework."""

@@ -3,7 +3,7 @@
 import sys
 from importlib.util import find_spec
 
-if find_spec("omegaconf") is None:  # the Python that runs this is not that of the environment
+if find_spec("omegaconf") is None:  # this is not the Python of the virtual environment
     print(
         "omegaconf: not installed; activate the environment first: source .venv/bin/activate (make setup makes it)",
         file=sys.stderr,

@@ -5,9 +5,9 @@ import importlib
 import sys
 from pathlib import Path
 
-from common.config import ConfigError
+from common.errors import ConfigError
 
-COMMANDS = Path(__file__).parent.parent / "common" / "commands"
+COMMANDS = Path(__file__).parent / "commands"
 WORDS_FOR_LIST = ("list", "help", "-h", "--help")
 
 
@@ -20,7 +20,7 @@ def print_list() -> None:
 
 
 def main() -> None:
-    """Command line entry."""
+    """The entry point of the command line."""
     name, *words = sys.argv[1:] or ["list"]
     if name in WORDS_FOR_LIST:
         print_list()
@@ -32,7 +32,7 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    command = importlib.import_module(f"common.commands.{name.replace('-', '_')}")
+    command = importlib.import_module(f"recipes.commands.{name.replace('-', '_')}")
     if {"-h", "--help"} & set(words):
         print(command.__doc__)
         return

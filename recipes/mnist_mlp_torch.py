@@ -5,7 +5,7 @@
     horovodrun -np 2 python -m recipes.mnist_mlp_torch optimizer=adamw parallel.num_micro_batches=4
 
 Test accuracy after the default 20 epochs of the 1,437 digits: 0.99, with the same loss at every step for any -np.
-Its twin recipes/mnist_mlp_tf.py has the same functions and reads the same conf/mnist_mlp.yaml.
+recipes/mnist_mlp_tf.py is the same recipe in Keras 3, with the same functions and the same conf/mnist_mlp.yaml.
 """
 
 import itertools
@@ -13,26 +13,29 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from common import command_line, datasets
-from common.checkpoint import Checkpoints
-from common.config import MLPConfig, MnistMLPConfig
-from common.datasets.augment import Augmented
-from common.datasets.balance import class_weights, drawn_classes
-from common.learning_rate import learning_rate
-from common.run import Run, new_folder
-from common.sharding import Plan
-from common.step_sums import StepSums
-from common.torch import layers, optimizers, runtime
-from common.torch.auto import choose_compression
-from common.torch.checkpoint import State
-from common.torch.classification import evaluate, sum_of_losses
-from common.torch.gradients import Gradients
-from common.torch.optimizers import Optimizer
-from common.torch.parameter_server import build_gradients
-from common.torch.pipeline import forward_backward
-from common.torch.sharded import build_optimizer
-from common.torch.stage import Stage, take_stage
-from common.validation import validate
+from common.config.schema import MLPConfig, MnistMLPConfig
+from common.config.validation import validate
+from common.data import datasets
+from common.data.datasets.augment import Augmented
+from common.data.datasets.balance import class_weights, drawn_classes
+from common.data.sampler import TrainingSampler
+from common.gradients.step_metrics import StepMetrics
+from common.torch.distributed import runtime
+from common.torch.distributed.runtime import Optimizer
+from common.torch.gradients import optimizers
+from common.torch.gradients.autotune import choose_compression
+from common.torch.gradients.gradients import Gradients
+from common.torch.models import layers
+from common.torch.parallel.parameter_server import build_gradients
+from common.torch.parallel.pipeline import forward_backward
+from common.torch.parallel.sharded import build_optimizer
+from common.torch.parallel.stage import Stage, build_stage
+from common.torch.training.checkpoint import State
+from common.torch.training.classification import evaluate, loss_sum
+from common.training import command_line, provenance
+from common.training.checkpoint import Checkpoints
+from common.training.lr_schedule import learning_rate
+from common.training.run_log import RunLog, new_folder
 
 from torch import Tensor, nn
 
@@ -42,8 +45,8 @@ RECIPE = "mnist_mlp_torch"
 def build_layers(cfg: MLPConfig) -> list[nn.Module]:
     """Layers in order: images (B, 28, 28) in [0, 1] -> logits (B, 10).
 
-    GELU (Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415) has no kink: by rounding alone, a ReLU near 0
-    can be on in one layout and off in another, and their loss curves part.
+    GELU (Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415) is smooth. A ReLU near 0 can be on in one layout
+    and off in another through rounding alone, so that their loss curves diverge.
     """
     widths = [28 * 28, *cfg.hidden_sizes]
     hidden = [
@@ -63,8 +66,8 @@ def train_step(
     targets: Tensor,
     global_size: int,
     cfg: MnistMLPConfig,
-) -> StepSums:
-    """One optimizer step; returns the global batch's mean loss and what else travelled with the gradients."""
+) -> StepMetrics:
+    """One optimizer step; returns its metrics, such as the mean loss over the global batch."""
     sums = forward_backward(model, loss_function, inputs, targets, global_size, gradients)
     gradients.clip_global_norm(cfg.train.clip_norm)
     optimizers.step(optimizer, sums)
@@ -72,29 +75,29 @@ def train_step(
 
 
 def train(cfg: MnistMLPConfig) -> dict[str, Any]:
-    """The whole run, callable from a test; returns what summary.json says."""
+    """Runs the whole training; returns the contents of summary.json."""
     topology = runtime.init()
-    with runtime.joint_check():
+    with runtime.raise_on_all_ranks():
         topology = validate(cfg, topology)
         datasets.prepare(cfg.data, topology)
-    with runtime.joint_check():
+    with runtime.raise_on_all_ranks():
         images, test_set = datasets.load_images(cfg.data)
     train_set = Augmented(images, cfg.data, cfg.seed)
-    runtime.check_alike(cfg, train_set.fingerprint)
-    cfg.run.dir = runtime.from_rank_zero(new_folder(cfg, RECIPE))
+    runtime.check_alike(provenance.facts(cfg, train_set.fingerprint))
+    cfg.run.dir = runtime.broadcast_object(new_folder(cfg, RECIPE))
 
     runtime.seed(cfg.seed, topology)
     device = runtime.device(topology)
-    model = take_stage(build_layers(cfg.model), cfg, topology, images)
+    model = build_stage(build_layers(cfg.model), cfg, topology, images)
     optimizer = build_optimizer(cfg, model)
     cfg.compression = choose_compression(cfg, model, images, topology)
     gradients = build_gradients(cfg, model, optimizer)
     checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer, gradients), runtime, topology)
-    plan = Plan.of(cfg, len(train_set), topology, checkpoints.restore(), drawn_classes(cfg.data, images))
+    plan = TrainingSampler.of(cfg, len(train_set), topology, checkpoints.restore(), drawn_classes(cfg.data, images))
     weights = runtime.to_tensor(class_weights(cfg.data, images), cfg.precision, device)
-    loss_function = partial(sum_of_losses, class_weights=weights)
+    loss_function = partial(loss_sum, class_weights=weights)
 
-    run = Run(cfg, RECIPE, plan, runtime)
+    run = RunLog(cfg, RECIPE, plan, runtime)
     for step, batch in run.steps(train_set):
         lr = learning_rate(step, cfg)
         optimizers.set_learning_rate(optimizer, lr)
@@ -103,10 +106,10 @@ def train(cfg: MnistMLPConfig) -> dict[str, Any]:
         sums = train_step(model, loss_function, optimizer, gradients, inputs, targets, step.global_size, cfg)
         run.record(step, lr, sums)
         if step.ends_epoch:
-            gradients.settle()
+            gradients.sync_weights()
             run.log(step, **evaluate(model, test_set, topology, cfg))
         checkpoints.save_if_due(step, sums, plan)
-    return run.finish(gradients.buckets, runtime.check_in_sync(model, topology.groups), model.bubbles())
+    return run.finish(gradients.buckets, runtime.assert_weights_in_sync(model, topology.groups), model.bubbles())
 
 
 def main() -> None:

@@ -4,32 +4,36 @@
     horovodrun -np 2 python -m recipes.transformer_lm_torch model=lm_mini data.tokenizer=bpe model.dropout=0.1
     horovodrun -np 4 python -m recipes.transformer_lm_torch data.path=README.md parallel.num_micro_batches=2
 
-Perplexity per byte on the held-out tenth of Python's language reference: README.md. `python -m recipes generate` goes
-on with a text. Its twin recipes/transformer_lm_tf.py has the same functions and reads conf/transformer_lm.yaml, too.
+Perplexity per byte on the held-out tenth of Python's language reference: README.md. `python -m recipes generate`
+continues a text. recipes/transformer_lm_tf.py is the same recipe in Keras 3, with the same functions and the same
+conf/transformer_lm.yaml.
 """
 
 import math
 from typing import Any
 
-from common import command_line, datasets, sharding
-from common.checkpoint import Checkpoints
-from common.config import LMConfig, TransformerLMConfig
-from common.datasets.text import Windows
-from common.learning_rate import learning_rate
-from common.run import Run, new_folder
-from common.sharding import Plan
-from common.step_sums import StepSums
-from common.topology import Topology
-from common.torch import optimizers, runtime, transformer
-from common.torch.auto import choose_compression
-from common.torch.checkpoint import State
-from common.torch.gradients import Gradients
-from common.torch.optimizers import Optimizer
-from common.torch.parameter_server import build_gradients
-from common.torch.pipeline import forward, forward_backward
-from common.torch.sharded import build_optimizer
-from common.torch.stage import Stage, take_stage
-from common.validation import validate
+from common.config.schema import LMConfig, TransformerLMConfig
+from common.config.validation import validate
+from common.data import datasets, sampler
+from common.data.datasets.text import Windows
+from common.data.sampler import TrainingSampler
+from common.distributed.topology import Topology
+from common.gradients.step_metrics import StepMetrics
+from common.torch.distributed import runtime
+from common.torch.distributed.runtime import Optimizer
+from common.torch.gradients import optimizers
+from common.torch.gradients.autotune import choose_compression
+from common.torch.gradients.gradients import Gradients
+from common.torch.models import transformer
+from common.torch.parallel.parameter_server import build_gradients
+from common.torch.parallel.pipeline import forward, forward_backward
+from common.torch.parallel.sharded import build_optimizer
+from common.torch.parallel.stage import Stage, build_stage
+from common.torch.training.checkpoint import State
+from common.training import command_line, provenance
+from common.training.checkpoint import Checkpoints
+from common.training.lr_schedule import learning_rate
+from common.training.run_log import RunLog, new_folder
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,8 +49,8 @@ def build_layers(cfg: LMConfig, vocabulary_size: int) -> list[nn.Module]:
     return [embedding, *blocks, transformer.Head(cfg.width, vocabulary_size, embedding if cfg.tied else None)]
 
 
-def sum_of_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """() cross-entropy of logits (B, T, V) and targets (B, T): mean over an example's tokens, summed over examples."""
+def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy () of logits (B, T, V) and targets (B, T): a mean over tokens, summed over examples."""
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / targets.shape[1]
 
 
@@ -58,9 +62,9 @@ def train_step(
     targets: Tensor,
     global_size: int,
     cfg: TransformerLMConfig,
-) -> StepSums:
-    """One optimizer step; returns the global batch's mean loss and what else travelled with the gradients."""
-    sums = forward_backward(model, sum_of_losses, inputs, targets, global_size, gradients)
+) -> StepMetrics:
+    """One optimizer step; returns its metrics, such as the mean loss over the global batch."""
+    sums = forward_backward(model, loss_sum, inputs, targets, global_size, gradients)
     gradients.clip_global_norm(cfg.train.clip_norm)
     optimizers.step(optimizer, sums)
     return sums
@@ -70,10 +74,10 @@ def evaluate(model: Stage, windows: Windows, topology: Topology, cfg: Transforme
     """Loss and perplexity per token, and bits per byte; each example is counted once, on one rank."""
     model.eval()
     loss = count = 0.0
-    for part in sharding.evaluation_batches(len(windows), EVALUATION_BATCH, topology):
+    for part in sampler.evaluation_batches(len(windows), EVALUATION_BATCH, topology):
         inputs, targets = runtime.to_tensors(windows.take(part), cfg.precision, runtime.device(topology))
         logits, targets = forward(model, inputs, targets)
-        loss += sum_of_losses(logits, targets).item()
+        loss += loss_sum(logits, targets).item()
         count += len(targets)
     model.train()
     loss, count = runtime.sum_over_ranks(loss, count)
@@ -86,29 +90,29 @@ def evaluate(model: Stage, windows: Windows, topology: Topology, cfg: Transforme
 
 
 def train(cfg: TransformerLMConfig) -> dict[str, Any]:
-    """The whole run, callable from a test; returns what summary.json says."""
+    """Runs the whole training; returns the contents of summary.json."""
     topology = runtime.init()
-    with runtime.joint_check():
+    with runtime.raise_on_all_ranks():
         topology = validate(cfg, topology)
         datasets.prepare(cfg.data, topology)
-    with runtime.joint_check():
+    with runtime.raise_on_all_ranks():
         corpus = datasets.load_text(cfg.data, cfg.model.context)
-    runtime.check_alike(cfg, corpus.train.fingerprint)
-    cfg.run.dir = runtime.from_rank_zero(new_folder(cfg, RECIPE))
+    runtime.check_alike(provenance.facts(cfg, corpus.train.fingerprint))
+    cfg.run.dir = runtime.broadcast_object(new_folder(cfg, RECIPE))
 
     runtime.seed(cfg.seed, topology)
     device = runtime.device(topology)
     layers = build_layers(cfg.model, corpus.tokenizer.vocabulary_size)
-    model = take_stage(layers, cfg, topology, corpus.train)
+    model = build_stage(layers, cfg, topology, corpus.train)
     optimizer = build_optimizer(cfg, model)
     cfg.compression = choose_compression(cfg, model, corpus.train, topology)
     gradients = build_gradients(cfg, model, optimizer)
     extras = {"tokenizer": corpus.tokenizer.to_json()}
     state = State(model, optimizer, gradients)
     checkpoints = Checkpoints(cfg, RECIPE, corpus.train.fingerprint, state, runtime, topology, extras)
-    plan = Plan.of(cfg, len(corpus.train), topology, checkpoints.restore())
+    plan = TrainingSampler.of(cfg, len(corpus.train), topology, checkpoints.restore())
 
-    run = Run(cfg, RECIPE, plan, runtime)
+    run = RunLog(cfg, RECIPE, plan, runtime)
     for step, batch in run.steps(corpus.train):
         lr = learning_rate(step, cfg)
         optimizers.set_learning_rate(optimizer, lr)
@@ -117,10 +121,10 @@ def train(cfg: TransformerLMConfig) -> dict[str, Any]:
         sums = train_step(model, optimizer, gradients, inputs, targets, step.global_size, cfg)
         run.record(step, lr, sums)
         if step.ends_epoch:
-            gradients.settle()
+            gradients.sync_weights()
             run.log(step, **evaluate(model, corpus.test, topology, cfg))
         checkpoints.save_if_due(step, sums, plan)
-    return run.finish(gradients.buckets, runtime.check_in_sync(model, topology.groups), model.bubbles())
+    return run.finish(gradients.buckets, runtime.assert_weights_in_sync(model, topology.groups), model.bubbles())
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def runtime(framework: str) -> ModuleType:
     """The runtime module of the framework's binding."""
-    return importlib.import_module(f"common.{framework}.runtime")
+    return importlib.import_module(f"common.{framework}.distributed.runtime")
 
 
 @pytest.fixture

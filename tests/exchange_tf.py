@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common.composition import option
-from common.passage import Passage
-from common.step_sums import StepSums
-from common.tf.checkpoint import State
-from common.tf.gradients import Gradients
-from common.tf.stage import Stage, declare
-from common.topology import Topology
+from common.config.composition import option
+from common.distributed.topology import Topology
+from common.gradients.step_metrics import StepMetrics
+from common.parallel.rank_schedule import RankSchedule
+from common.tf.gradients.gradients import Gradients
+from common.tf.parallel.stage import Stage, declare
+from common.tf.training.checkpoint import State
 
 import numpy as np
 
@@ -40,8 +40,8 @@ class Exchange:
     def __init__(self, shapes: Sequence[tuple[int, ...]], topology: Topology, **options: Any) -> None:
         layers = [Weights(shapes)]
         declare(layers, tf.zeros((1, 1)))
-        passage = Passage("1f1b", 1, 1, topology)
-        self.model = Stage(layers, [range(1)], option("precision", "fp32"), passage)
+        rank_schedule = RankSchedule("1f1b", 1, 1, topology)
+        self.model = Stage(layers, [range(1)], option("precision", "fp32"), rank_schedule)
         self.topology = topology
         self.gradients = Gradients(shapes, topology, **options)
         optimizer = keras.optimizers.SGD()
@@ -49,12 +49,12 @@ class Exchange:
         self.kept = State(self.model, optimizer, self.gradients)
         self._step = tf.function(self._exchange)
 
-    def _exchange(self, gradients: list[tf.Tensor]) -> tuple[StepSums, list[tf.Tensor]]:
+    def _exchange(self, gradients: list[tf.Tensor]) -> tuple[StepMetrics, list[tf.Tensor]]:
         scaled = [gradient * self.gradients.loss_scale for gradient in gradients]
         zero, share = tf.zeros(()), tf.constant(1 / self.topology.num_replicas)
         return self.gradients.exchange(scaled, zero, tf.constant(False), share)
 
-    def step(self, arrays: Sequence[np.ndarray]) -> tuple[StepSums, list[np.ndarray]]:
+    def step(self, arrays: Sequence[np.ndarray]) -> tuple[StepMetrics, list[np.ndarray]]:
         """Exchanges this rank's gradients."""
         sums, gradients = self._step([tf.constant(array) for array in arrays])
         self.received = gradients

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common.composition import option
-from common.passage import Passage
-from common.step_sums import StepSums
-from common.topology import Topology
-from common.torch.checkpoint import State
-from common.torch.gradients import Gradients
-from common.torch.stage import Stage
+from common.config.composition import option
+from common.distributed.topology import Topology
+from common.gradients.step_metrics import StepMetrics
+from common.parallel.rank_schedule import RankSchedule
+from common.torch.gradients.gradients import Gradients
+from common.torch.parallel.stage import Stage
+from common.torch.training.checkpoint import State
 
 import numpy as np
 import torch
@@ -21,20 +21,20 @@ class Exchange:
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], topology: Topology, **options: Any) -> None:
         weights = nn.ParameterList(torch.zeros(shape) for shape in shapes)
-        self.model = Stage([weights], [range(1)], option("precision", "fp32"), Passage("1f1b", 1, 1, topology))
+        self.model = Stage([weights], [range(1)], option("precision", "fp32"), RankSchedule("1f1b", 1, 1, topology))
         self.topology = topology
         self.gradients = Gradients(self.model.parameters(), topology, **options)
         self.kept = State(self.model, torch.optim.SGD(self.model.parameters()), self.gradients)
 
-    def step(self, arrays: Sequence[np.ndarray]) -> tuple[StepSums, list[np.ndarray]]:
+    def step(self, arrays: Sequence[np.ndarray]) -> tuple[StepMetrics, list[np.ndarray]]:
         """Exchanges this rank's gradients."""
         self.gradients.zero()
-        self.gradients.exchange_in_next_backward(share=1 / self.topology.num_replicas)
+        self.gradients.prepare_for_backward(share=1 / self.topology.num_replicas)
         scale = self.gradients.loss_scale.value
         weights = list(self.model.parameters())
         terms = [(w * torch.from_numpy(array)).sum() * scale for w, array in zip(weights, arrays, strict=True)]
         torch.stack(terms).sum().backward()
-        return self.gradients.wait(), [_gradient(weight) for weight in weights]
+        return self.gradients.synchronize(), [_gradient(weight) for weight in weights]
 
     def clipped(self, max_norm: float) -> np.ndarray:
         """The first of the exchanged gradients after clipping."""

@@ -21,12 +21,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from common import checkpoint, datasets, ledger
-from common.commands import generate, shard_data
-from common.composition import compose
-from common.config import (
+from common.config.composition import compose
+from common.config.schema import (
     Balance,
-    ConfigError,
     ImageShardsConfig,
     TextConfig,
     TextShardsConfig,
@@ -35,10 +32,14 @@ from common.config import (
     leaves,
     to_dict,
 )
-from common.datasets import mnist, shards, tokenizer
-from common.run import events_of_record
-from common.sharding import Plan
-from common.topology import Topology
+from common.data import datasets, example_log
+from common.data.datasets import mnist, shards, tokenizer
+from common.data.sampler import TrainingSampler
+from common.distributed.topology import Topology
+from common.errors import ConfigError
+from common.training import checkpoint
+from common.training.run_log import events_of_record
+from recipes.commands import generate, shard_data
 from tests.test_datasets import write_idx
 from tests.test_ledger import note
 
@@ -368,7 +369,7 @@ def of_checkpoint(folder: Path) -> Target:
 
     def read(_: random.Random) -> None:
         found = checkpoint.find(out)
-        plan = Plan.of(cfg, 100, ALONE, found.state)
+        plan = TrainingSampler.of(cfg, 100, ALONE, found.state)
         plan.progress(plan.start)
         plan.batch_sizes.at(plan.start.step + 1)
         dict(leaves(found.state["config"]))
@@ -392,7 +393,7 @@ def of_ledger(folder: Path) -> Target:
     note(folder / "data", 1, start=6)
 
     def read(dice: random.Random) -> None:
-        list(ledger.check(folder / "data"))
+        list(example_log.check(folder / "data"))
 
     return Target(folder / "data" / "ledger", sorted(path.name for path in folder.glob("data/ledger/*")), read)
 

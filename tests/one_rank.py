@@ -1,11 +1,10 @@
 """A job of one rank without Horovod."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from common.config import RunConfig
-from common.topology import Topology
+from common.distributed.topology import Topology
 
 ALONE = Topology(0, 1, 0, 1)
 
@@ -16,12 +15,12 @@ class OneRank:
     def init(self, process_sets: Iterable[Sequence[int]] = ()) -> Topology:
         return ALONE
 
-    def joint_check(self) -> AbstractContextManager[None]:
+    def raise_on_all_ranks(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def check_alike(self, cfg: RunConfig, fingerprint: str) -> None: ...
+    def check_alike(self, facts: Mapping[str, Any]) -> None: ...
 
-    def from_rank_zero(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         return value
 
     def shutdown(self) -> None: ...

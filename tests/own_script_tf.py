@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from common.tf import fit, runtime
-from common.topology import Topology
+from common.distributed.topology import Topology
+from common.tf import fit
+from common.tf.distributed import runtime
 
 import keras
 import numpy as np

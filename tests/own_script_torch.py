@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from common import batches
-from common.topology import Topology
-from common.torch import runtime
-from common.torch.gradients import Gradients
-from common.torch.loop import ShardedBatches
+from common.data import batches
+from common.distributed.topology import Topology
+from common.torch.data.loop import ShardedBatches
+from common.torch.distributed import runtime
+from common.torch.gradients.gradients import Gradients
 
 import numpy as np
 import torch
@@ -65,9 +65,9 @@ def of_all_ranks(data: Data, size: int, epochs: int, exchange: bool = True) -> H
         for (inputs, targets), global_size in train_batches.epoch(epoch):
             gradients.zero()
             loss = F.cross_entropy(model(inputs), targets, reduction="sum") / global_size
-            gradients.exchange_in_next_backward()
+            gradients.prepare_for_backward()
             loss.backward()
-            gradients.wait()
+            gradients.synchronize()
             optimizer.step()
             total += loss.item() * global_size
         loss_sum = correct = 0.0
@@ -80,5 +80,5 @@ def of_all_ranks(data: Data, size: int, epochs: int, exchange: bool = True) -> H
         history["loss"].append(total / len(train))
         history["val_loss"].append(loss_sum / len(test))
         history["val_accuracy"].append(correct / len(test))
-    runtime.check_in_sync(model)
+    runtime.assert_weights_in_sync(model)
     return history

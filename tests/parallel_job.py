@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.composition import compose
-from common.host import launched_topology
-from common.topology import Topology
+from common.config.composition import compose
+from common.config.layout import arranged, process_sets
+from common.distributed.launcher_env import launched_topology
+from common.distributed.topology import Topology
 
 # 9 steps; the eighth of the digits' epochs of 204 has 9 examples, fewer than there are micro-batches.
 TASKS = {
@@ -89,10 +90,10 @@ def layouts(folder: Path, place: Topology) -> list[tuple[str, Any]]:
 
 def main() -> None:
     framework, folder = sys.argv[1], Path(sys.argv[2])
-    runtime: Any = importlib.import_module(f"common.{framework}.runtime")
+    runtime: Any = importlib.import_module(f"common.{framework}.distributed.runtime")
     place = launched_topology()
     runs = resumed(folder, place.world_size) if "resumed" in sys.argv else layouts(folder, place)
-    runtime.init({tuple(ranks) for _, cfg in runs for ranks in place.arranged(cfg).process_sets(cfg)})
+    runtime.init({tuple(ranks) for _, cfg in runs for ranks in process_sets(arranged(place, cfg), cfg)})
     for task, cfg in runs:
         importlib.import_module(f"recipes.{task}_{framework}").train(cfg)
 

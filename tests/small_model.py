@@ -4,9 +4,9 @@ import importlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from common.config import OptimizerConfig
-from common.step_sums import StepSums
-from common.topology import Topology
+from common.config.schema import OptimizerConfig
+from common.distributed.topology import Topology
+from common.gradients.step_metrics import StepMetrics
 
 import numpy as np
 
@@ -18,7 +18,7 @@ class Small(Protocol):
 
     weights: list[np.ndarray]
 
-    def gradients(self, inputs: np.ndarray, global_size: int, num_micro_batches: int, bucket_bytes: int) -> StepSums:
+    def gradients(self, inputs: np.ndarray, global_size: int, num_micro_batches: int, bucket_bytes: int) -> StepMetrics:
         """One forward and backward; returns the scalars that were summed and keeps the exchanged gradients."""
 
     def exchanged(self, max_norm: float) -> list[np.ndarray]:

@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 
-from common.composition import option
-from common.config import OptimizerConfig
-from common.passage import Passage
-from common.step_sums import StepSums
-from common.tf import optimizers, runtime
-from common.tf.gradients import Gradients, clip_global_norm
-from common.tf.pipeline import forward_backward
-from common.tf.stage import Stage
-from common.topology import Topology
+from common.config.composition import option
+from common.config.schema import OptimizerConfig
+from common.distributed.topology import Topology
+from common.gradients.step_metrics import StepMetrics
+from common.parallel.rank_schedule import RankSchedule
+from common.tf.distributed import runtime
+from common.tf.gradients import optimizers
+from common.tf.gradients.gradients import Gradients, clip_global_norm
+from common.tf.parallel.pipeline import forward_backward
+from common.tf.parallel.stage import Stage
 
 import numpy as np
 
@@ -29,18 +30,18 @@ class SmallModel:
         self.optimizer = optimizers.build(optimizer, self.model)
         self.topology = topology
 
-    def gradients(self, inputs: np.ndarray, global_size: int, num_micro_batches: int, bucket_bytes: int) -> StepSums:
+    def gradients(self, inputs: np.ndarray, global_size: int, num_micro_batches: int, bucket_bytes: int) -> StepMetrics:
         def half_squares(outputs: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
             return 0.5 * tf.reduce_sum(outputs**2)
 
         shapes = [variable.shape for variable in self.model.trainable_variables]
         exchange = Gradients(shapes, self.topology, True, dtype="float64", bucket_bytes=bucket_bytes).exchange
 
-        passage = Passage("1f1b", 1, num_micro_batches, self.topology)
-        stage = Stage(self.model.layers, [range(2)], option("precision", "fp64"), passage)
+        rank_schedule = RankSchedule("1f1b", 1, num_micro_batches, self.topology)
+        stage = Stage(self.model.layers, [range(2)], option("precision", "fp64"), rank_schedule)
 
         @tf.function
-        def step(data: tf.Tensor) -> tuple[StepSums, list[tf.Tensor]]:
+        def step(data: tf.Tensor) -> tuple[StepMetrics, list[tf.Tensor]]:
             loss, grads = forward_backward(stage, half_squares, data, data, global_size)
             return exchange(grads, loss, tf.constant(self.topology.rank == 0), len(inputs) / global_size)
 

@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 
-from common.composition import option
-from common.config import OptimizerConfig
-from common.passage import Passage
-from common.step_sums import StepSums
-from common.topology import Topology
-from common.torch import optimizers, runtime
-from common.torch.gradients import Gradients
-from common.torch.pipeline import forward_backward
-from common.torch.stage import Stage
+from common.config.composition import option
+from common.config.schema import OptimizerConfig
+from common.distributed.topology import Topology
+from common.gradients.step_metrics import StepMetrics
+from common.parallel.rank_schedule import RankSchedule
+from common.torch.distributed import runtime
+from common.torch.gradients import optimizers
+from common.torch.gradients.gradients import Gradients
+from common.torch.parallel.pipeline import forward_backward
+from common.torch.parallel.stage import Stage
 
 import numpy as np
 import torch
@@ -28,15 +29,15 @@ class SmallModel:
         self.optimizer = optimizers.build(optimizer, self.model)
         self.topology = topology
 
-    def gradients(self, inputs: np.ndarray, global_size: int, num_micro_batches: int, bucket_bytes: int) -> StepSums:
+    def gradients(self, inputs: np.ndarray, global_size: int, num_micro_batches: int, bucket_bytes: int) -> StepMetrics:
         self.buckets = Gradients(self.model.parameters(), self.topology, True, bucket_bytes=bucket_bytes)
         data = torch.from_numpy(inputs)
 
         def half_squares(outputs: Tensor, _: Tensor) -> Tensor:
             return 0.5 * (outputs**2).sum()
 
-        passage = Passage("1f1b", 1, num_micro_batches, self.topology)
-        stage = Stage(list(self.model), [range(2)], option("precision", "fp64"), passage)
+        rank_schedule = RankSchedule("1f1b", 1, num_micro_batches, self.topology)
+        stage = Stage(list(self.model), [range(2)], option("precision", "fp64"), rank_schedule)
         return forward_backward(stage, half_squares, data, data, global_size, self.buckets)
 
     def exchanged(self, max_norm: float) -> list[np.ndarray]:

@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-from common import array_exchange, stopping
-from common.config import AdamWConfig, ConfigError, OptimizerConfig, SGDConfig
-from common.sharding import part
-from common.topology import Topology
+from common.config.schema import AdamWConfig, OptimizerConfig, SGDConfig
+from common.data.sampler import part
+from common.distributed import array_exchange
+from common.distributed.topology import Topology
+from common.errors import ConfigError
+from common.training import preemption
 from tests import small_model
 
 import numpy as np
@@ -26,8 +28,8 @@ def test_every_rank_gets_the_values_of_all(runtime: ModuleType, num_ranks: int) 
     topology = runtime.init()
     assert (topology.world_size, topology.local_size) == (num_ranks, num_ranks)
     value = {"rank": topology.rank, "text": "ä" * topology.rank}  # of another length on each rank
-    assert runtime.gather_json(value) == [{"rank": rank, "text": "ä" * rank} for rank in range(num_ranks)]
-    assert runtime.from_rank_zero(topology.rank) == 0
+    assert runtime.allgather_object(value) == [{"rank": rank, "text": "ä" * rank} for rank in range(num_ranks)]
+    assert runtime.broadcast_object(topology.rank) == 0
     assert runtime.sum_over_ranks(1, 0.5 * topology.rank) == [num_ranks, 0.25 * num_ranks * (num_ranks - 1)]
 
 
@@ -53,7 +55,7 @@ def test_what_one_rank_finds_wrong_all_raise_once(runtime: ModuleType) -> None:
     rank = runtime.init().rank
 
     def check() -> None:
-        with runtime.joint_check():
+        with runtime.raise_on_all_ranks():
             if rank > 0:
                 raise ConfigError(["same on all but rank 0", f"rank {min(rank, 2)}"])
 
@@ -61,7 +63,7 @@ def test_what_one_rank_finds_wrong_all_raise_once(runtime: ModuleType) -> None:
         check()
     assert error.value.problems[:2] == ["same on all but rank 0", "rank 1"]
     assert len(set(error.value.problems)) == len(error.value.problems)
-    with runtime.joint_check():
+    with runtime.raise_on_all_ranks():
         pass
 
 
@@ -78,7 +80,7 @@ def test_gradients_are_the_mean_over_the_global_batch(
     sums = model.gradients(inputs[part(num_examples, topology)], num_examples, num_micro_batches, bucket_bytes)
     loss, expected = small_model.reference(weights, inputs)
     assert float(sums.loss) == pytest.approx(loss)
-    assert float(sums.whole_squares) == pytest.approx(squares(expected))
+    assert float(sums.global_grad_sqnorm) == pytest.approx(squares(expected))
     for gradient, reference in zip(model.exchanged(max_norm=0), expected, strict=True):
         np.testing.assert_allclose(gradient, reference, rtol=1e-12, atol=1e-14)
 
@@ -92,7 +94,7 @@ def test_scalars_travel_with_the_gradients(
     framework: str, runtime: ModuleType, num_ranks: int, bucket_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     topology = runtime.init()
-    monkeypatch.setattr(stopping, "_requested", topology.rank == 0)
+    monkeypatch.setattr(preemption, "_requested", topology.rank == 0)
     weights = small_model.initial_weights(0)
     inputs = np.random.default_rng(1).standard_normal((17, 5))
     model = small_model.build(framework, weights, SGD, topology)
@@ -100,7 +102,7 @@ def test_scalars_travel_with_the_gradients(
     parts = [part(17, Topology(rank, num_ranks, rank, num_ranks)) for rank in range(num_ranks)]
     local = [squares(small_model.reference(weights, inputs[of_rank])[1]) for of_rank in parts]
     assert float(sums.stop) == 1
-    assert float(sums.local_squares) == pytest.approx(np.sum(local))
+    assert float(sums.local_grad_sqnorm) == pytest.approx(np.sum(local))
 
 
 def recorded(name: str, method: Callable[..., None], events: list[str]) -> Callable[..., None]:
@@ -118,15 +120,15 @@ def test_buckets_leave_while_backward_runs(
 ) -> None:
     if framework == "tf":
         pytest.skip("TensorFlow's executor orders operations by their data alone")
-    from common.torch.gradients import Gradients
+    from common.torch.gradients.gradients import Gradients
 
     topology = runtime.init()
     events: list[str] = []
-    for name in ("_send", "wait"):
+    for name in ("_send", "synchronize"):
         monkeypatch.setattr(Gradients, name, recorded(name, getattr(Gradients, name), events))
     model = small_model.build(framework, small_model.initial_weights(0), SGD, topology)
     model.gradients(np.ones((2, 5)), 2 * topology.world_size, 2, MANY_BUCKETS)
-    assert events == ["_send 0", "_send 1", "_send 2", "_send 3", "wait"]
+    assert events == ["_send 0", "_send 1", "_send 2", "_send 3", "synchronize"]
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
@@ -198,9 +200,9 @@ def test_optimizer_state_that_only_rank_zero_has_reaches_all(framework: str, run
         for _ in range(3):
             step()
     runtime.broadcast_state(model, optimizer)
-    runtime.check_in_sync(model)
+    runtime.assert_weights_in_sync(model)
     step()  # with other moments, numbers of steps or learning rates the weights would part
-    runtime.check_in_sync(model)
+    runtime.assert_weights_in_sync(model)
 
 
 def test_all_ranks_start_from_rank_zeros_weights(framework: str, runtime: ModuleType) -> None:

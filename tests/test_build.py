@@ -19,8 +19,8 @@ import pytest
 
 
 def script(path: str) -> ModuleType:
-    """A script of build/ as a module."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / "build" / path)
+    """A script of install/ as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / "install" / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -30,13 +30,13 @@ def script(path: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def wheel() -> ModuleType:
-    """build/horovod/wheel.py as a module."""
+    """install/horovod/wheel.py as a module."""
     return script("horovod/wheel.py")
 
 
 @pytest.fixture(scope="module")
 def setup() -> ModuleType:
-    """build/setup.py as a module."""
+    """install/setup.py as a module."""
     return script("setup.py")
 
 
@@ -63,7 +63,7 @@ def test_an_edit_that_no_longer_applies_stops_the_build(wheel: ModuleType, edit:
 
 
 def test_each_edit_has_its_reason_and_a_link() -> None:
-    edits = sorted((ROOT / "build" / "horovod" / "edits").glob("*.patch"))
+    edits = sorted((ROOT / "install" / "horovod" / "edits").glob("*.patch"))
     assert edits
     for path in edits:
         reason, _, _ = path.read_text().partition("\n--- ")
@@ -182,9 +182,9 @@ def test_make_says_that_it_found_no_python(tmp_path: Path) -> None:
     ],
 )
 def test_the_setup_says_what_is_wrong(arguments: list[str], env: dict[str, str], message: str, tmp_path: Path) -> None:
-    setup = tmp_path / "build" / "setup.py"  # in a tree of its own, as it works on the .venv beside it
+    setup = tmp_path / "install" / "setup.py"  # in a tree of its own, as it works on the .venv beside it
     setup.parent.mkdir()
-    setup.write_text((ROOT / "build" / "setup.py").read_text())
+    setup.write_text((ROOT / "install" / "setup.py").read_text())
     (tmp_path / "pyproject.toml").write_text("[project]\n")
     result = run([sys.executable, setup, *arguments], env=env)
     assert result.returncode != 0

@@ -10,22 +10,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import checkpoint, disk, run_lock
-from common.array_exchange import Arrays
-from common.checkpoint import Checkpoints, check_names_and_shapes
-from common.composition import compose
-from common.config import ConfigError
-from common.errors import TrainingError
-from common.sharding import Plan
-from common.step_sums import StepSums
-from common.stopping import Stopped
+from common import file_io
+from common.config.composition import compose
+from common.data.sampler import TrainingSampler
+from common.distributed.array_exchange import Arrays
+from common.errors import ConfigError, Stopped, TrainingError
+from common.gradients.step_metrics import StepMetrics
+from common.training import checkpoint, run_lock
+from common.training.checkpoint import Checkpoints, check_names_and_shapes
 from tests.launch import ROOT
 from tests.one_rank import ALONE, OneRank
 
 import numpy as np
 import pytest
 
-SUMS = StepSums(0.5, 0, 0, 0)
+SUMS = StepMetrics(0.5, 0, 0, 0)
 
 
 class Numbers:
@@ -37,16 +36,16 @@ class Numbers:
     def weights(self) -> dict[str, np.ndarray]:
         return {"0.weight": self.weight.copy()}
 
-    def moments(self) -> dict[str, np.ndarray]:
+    def optimizer_state(self) -> dict[str, np.ndarray]:
         return {"0.weight.momentum": self.moment.copy()}
 
     def gradients(self) -> dict[str, np.ndarray]:
         return {"counters": np.zeros(4)}
 
-    def load(self, weights: Arrays, moments: Arrays, gradients: Arrays) -> None:
+    def load(self, weights: Arrays, optimizer_state: Arrays, gradients: Arrays) -> None:
         check_names_and_shapes({"0.weight": (3,)}, weights)
         self.weight = np.array(weights["0.weight"])
-        self.moment = np.array(moments.get("0.weight.momentum", np.zeros(3, np.float32)))
+        self.moment = np.array(optimizer_state.get("0.weight.momentum", np.zeros(3, np.float32)))
 
     def broadcast(self) -> None: ...
 
@@ -58,7 +57,7 @@ def run(
     cfg = compose("mnist_mlp", [f"run.dir={folder}", "train.max_steps=10", "train.checkpoint_every=3", *overrides])
     numbers = Numbers()
     checkpoints = Checkpoints(cfg, recipe, data, numbers, OneRank(), ALONE, {"tokenizer": "abc"})
-    plan = Plan.of(cfg, 1000, ALONE, checkpoints.restore())
+    plan = TrainingSampler.of(cfg, 1000, ALONE, checkpoints.restore())
     for step in plan.steps():
         numbers.weight += 1
         numbers.moment += 2
@@ -86,7 +85,7 @@ def test_the_newest_checkpoints_are_kept_and_hold_what_training_needs(tmp_path: 
     assert "numpy" in state["versions"]
     read = checkpoint.read(tmp_path / "checkpoints/step-00000009")
     assert read.weights["0.weight"].tolist() == [9] * 3
-    assert read.moments["0.weight.momentum"].tolist() == [18] * 3
+    assert read.optimizer_state["0.weight.momentum"].tolist() == [18] * 3
 
 
 def test_a_stopped_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -142,7 +141,7 @@ def test_the_record_is_on_the_disk_before_a_checkpoint_counts(tmp_path: Path, mo
         return call
 
     monkeypatch.setattr(checkpoint, "write", noted(checkpoint.write))
-    monkeypatch.setattr(disk, "sync_path", noted(disk.sync_path))
+    monkeypatch.setattr(file_io, "sync_path", noted(file_io.sync_path))
     (tmp_path / "ledger").mkdir()
     for path in ("metrics.jsonl", "ledger/from-step-00000000.rank-0000.jsonl"):
         (tmp_path / path).touch()
@@ -153,7 +152,7 @@ def test_the_record_is_on_the_disk_before_a_checkpoint_counts(tmp_path: Path, mo
 HOLD = """
 import sys, time
 from pathlib import Path
-from common import run_lock
+from common.training import run_lock
 run_lock.hold(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
@@ -183,7 +182,7 @@ def test_a_file_system_without_locks_is_said_and_does_not_hang(
             given.wait(20)
         raise OSError(errno.ENOLCK, answer)
 
-    monkeypatch.setattr("common.run_lock.SECONDS", 0.1)
+    monkeypatch.setattr("common.training.run_lock.SECONDS", 0.1)
     monkeypatch.setattr("fcntl.flock", flock)
     run(tmp_path)
     given.set()
@@ -295,7 +294,7 @@ def test_writing_does_not_hold_up_training(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(checkpoint, "write", slowly)
     cfg = compose("mnist_mlp", [f"run.dir={tmp_path}", "train.checkpoint_every=3"])
     checkpoints = Checkpoints(cfg, "mnist_mlp_torch", "data", Numbers(), OneRank(), ALONE)
-    plan = Plan.of(cfg, 1000, ALONE, checkpoints.restore())
+    plan = TrainingSampler.of(cfg, 1000, ALONE, checkpoints.restore())
     for step in plan.steps():
         checkpoints.save_if_due(step, SUMS, plan)
         if step.number == 5:

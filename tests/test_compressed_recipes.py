@@ -5,10 +5,10 @@ import re
 import shutil
 from pathlib import Path
 
-from common.checkpoint import newest
-from common.composition import compose
-from common.topology import Topology
-from common.validation import validate
+from common.config.composition import compose
+from common.config.validation import validate
+from common.distributed.topology import Topology
+from common.training.checkpoint import newest
 from tests.conftest import Launches
 from tests.launch import FRAMEWORKS, ROOT, horovodrun, read_events
 from tests.test_recipes import COMMON, SMALL, losses, train_here
@@ -73,7 +73,7 @@ def test_residuals_go_on_at_another_number_of_ranks(framework: str, tmp_path: Pa
         checkpoint, _ = newest(folder)
         assert checkpoint is not None
         # What the optimizer was given and what is left add up to the old residual and the same new gradient.
-        given = checkpoint.moments["1.weight.momentum"] - 0.9 * start.moments["1.weight.momentum"]
+        given = checkpoint.optimizer_state["1.weight.momentum"] - 0.9 * start.optimizer_state["1.weight.momentum"]
         sums.append(given + checkpoint.gradients[name])
     np.testing.assert_allclose(sums[0], sums[1], atol=1e-6)
 

@@ -7,10 +7,10 @@ import re
 from types import ModuleType
 from typing import Any
 
-from common import compression as rules
-from common.composition import option
-from common.config import ReduceOp, Scope, WireValues
-from common.precision import LossScale
+from common.config.composition import option
+from common.config.schema import ReduceOp, Scope, WireValues
+from common.gradients import compression as rules
+from common.gradients.loss_scale import LossScale
 
 import numpy as np
 import pytest
@@ -118,7 +118,7 @@ def test_random_k_sums_the_same_places_of_all_ranks(
     of_ranks = coarse_vectors(num_ranks)
     _, (received,) = exchange.step([of_ranks[topology.rank]])
     places = np.flatnonzero(received)
-    starts, _ = rules.random_parts(SIZE, rules.num_chosen(SIZE, 0.01))
+    starts, _ = rules.random_parts(SIZE, rules.num_sent(SIZE, 0.01))
     assert np.isin(np.searchsorted(starts, places, "right") - 1, np.arange(len(starts))).all()
     factor = np.float32(1 if error_feedback else SIZE / len(starts))
     rtol = 0 if error_feedback else 1e-4  # sums of coarse values are exact, of scaled ones they are not
@@ -212,7 +212,7 @@ def test_what_half_precision_cannot_hold_is_sent_later(
     _, (received,) = exchange.step([gradient])
     assert np.isfinite(received).all()
     assert np.abs(received).max() <= num_ranks * 65504
-    residuals = np.sum(runtime.gather_json(exchange.state()["residual"][0].tolist()), axis=0)
+    residuals = np.sum(runtime.allgather_object(exchange.state()["residual"][0].tolist()), axis=0)
     # Sums that are made in half precision are rounded, by 16 where they are beyond 32,768.
     np.testing.assert_allclose(received + residuals, num_ranks * gradient, atol=16 if name == "randomk" else 0.5)
 
@@ -263,7 +263,7 @@ def test_twenty_steps_lose_nothing_and_leave_all_ranks_alike(
         weights = [weight + gradient for weight, gradient in zip(weights, received, strict=True)]
         given = [total + gradient for total, gradient in zip(given, gradients, strict=True)]
     digest = hashlib.sha256(b"".join(weight.tobytes() for weight in weights)).hexdigest()
-    assert len(set(runtime.gather_json(digest))) == 1
+    assert len(set(runtime.allgather_object(digest))) == 1
     residuals = {
         int(re.findall(r"\d+", key)[1]): array
         for key, array in exchange.kept.gradients().items()

@@ -3,11 +3,11 @@
 import shutil
 from pathlib import Path
 
-from common import composition
-from common.composition import CONF, compose, group_options
-from common.config import ConfigError
-from common.topology import Topology
-from common.validation import validate
+from common.config import composition
+from common.config.composition import CONF, compose, group_options
+from common.config.validation import validate
+from common.distributed.topology import Topology
+from common.errors import ConfigError
 
 import pytest
 
@@ -112,7 +112,11 @@ LOSSY = "error_feedback: true\nscope: bucket\nmin_numel: 1\nstart_step: 1\ntwo_l
             "there is no code; choose bf16|fp16|fp32|fp64",
         ),
         ("parallel", "defaults: [parallel_schema]\nname: tensor\n", "choose data|parameter_server|pipeline"),
-        ("compression", f"defaults: [own_schema]\nname: mean\n{LOSSY}", "write common/<framework>/compressors/mean.py"),
+        (
+            "compression",
+            f"defaults: [own_schema]\nname: mean\n{LOSSY}",
+            "write common/<framework>/gradients/compressors/mean.py",
+        ),
         ("compression", f"defaults: [lossy_schema]\nname: topk\n{LOSSY}", "which goes with defaults: [sparse_schema]"),
     ],
 )

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from common import datasets
-from common.config import Balance, ConfigError, ImagesConfig
-from common.datasets import digits, mnist
+from common.config.schema import Balance, ImagesConfig
+from common.data import datasets
+from common.data.datasets import digits, mnist
+from common.errors import ConfigError
 
 import numpy as np
 import pytest

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from common.checkpoint import read
-from common.commands.generate import main
-from common.config import ConfigError
+from common.errors import ConfigError
+from common.training.checkpoint import read
+from recipes.commands.generate import main
 from tests.conftest import Launches
 from tests.fuzz_job import of_checkpoint
 from tests.launch import FRAMEWORKS, run

@@ -5,10 +5,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from common import agreement, host, provenance
-from common.composition import compose
-from common.config import ConfigError
-from common.topology import Topology
+from common.config.composition import compose
+from common.distributed import consensus, launcher_env
+from common.distributed.topology import Topology
+from common.errors import ConfigError
+from common.training import provenance
 from tests.launch import FRAMEWORKS
 
 import numpy as np
@@ -45,7 +46,7 @@ def test_several_programs_that_do_not_know_of_each_other_are_refused(
         for name, value in (OTHERS[launcher] | {ranks[-1]: rank}).items():
             monkeypatch.setenv(name, value)
         with pytest.raises(SystemExit) as leaving:
-            host.refuse_other_launchers()
+            launcher_env.refuse_other_launchers()
         assert leaving.value.code == 2
         said = capsys.readouterr().err
         command = "horovodrun -np 4 python train.py 'a b=1'\n"
@@ -56,13 +57,13 @@ def test_several_programs_that_do_not_know_of_each_other_are_refused(
 def test_one_program_may_run_alone(situation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in ALONE[situation].items():
         monkeypatch.setenv(name, value)
-    host.refuse_other_launchers()
+    launcher_env.refuse_other_launchers()
 
 
 def test_ranks_that_share_a_gpu_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    host.say_who_shares(["a 1", "a 2", "a 1", "b 1"], 0)
-    host.say_who_shares(["a 1", "a 1"], 1)
-    host.say_who_shares(["a 1", "a 2"], 0)
+    launcher_env.say_who_shares(["a 1", "a 2", "a 1", "b 1"], 0)
+    launcher_env.say_who_shares(["a 1", "a 1"], 1)
+    launcher_env.say_who_shares(["a 1", "a 2"], 0)
     assert capsys.readouterr().err.splitlines() == [
         "ranks [0, 2] share one GPU: slower than one rank each (horovodrun -np, -H)"
     ]
@@ -70,7 +71,7 @@ def test_ranks_that_share_a_gpu_are_named(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.skipif("torch" not in FRAMEWORKS, reason="needs PyTorch")
 def test_a_task_may_see_all_gpus_of_its_host_or_its_own_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from common.torch import runtime
+    from common.torch.distributed import runtime
 
     import torch
 
@@ -82,11 +83,14 @@ def test_a_task_may_see_all_gpus_of_its_host_or_its_own_alone(monkeypatch: pytes
 
 def test_each_fact_that_differs_is_listed_by_rank() -> None:
     cfg = compose("mnist_mlp", [])
-    of_ranks = [provenance.facts(cfg, "abc", 2), provenance.facts(cfg, "abc", 2), provenance.facts(cfg, "xyz", 1)]
+    of_ranks = [
+        {**provenance.facts(cfg, data), "number of threads": threads}
+        for data, threads in (("abc", 2), ("abc", 2), ("xyz", 1))
+    ]
 
     def check(rank: int) -> None:
         sent: Iterator[list[Any]] = iter([[json.dumps(facts) for facts in of_ranks], of_ranks])
-        agreement.check_alike(of_ranks[rank], lambda _: next(sent))
+        consensus.check_alike(of_ranks[rank], lambda _: next(sent))
 
     with pytest.raises(ConfigError) as error:
         check(0)
@@ -99,6 +103,6 @@ def test_each_fact_that_differs_is_listed_by_rank() -> None:
 
 
 def test_where_the_examples_lie_is_a_matter_of_the_host() -> None:
-    keys = [provenance.facts(compose("mnist_mlp", ["data=mnist", f"data.root=/{host}"]), "abc", 2) for host in "ab"]
+    keys = [provenance.facts(compose("mnist_mlp", ["data=mnist", f"data.root=/{host}"]), "abc") for host in "ab"]
     assert keys[0] == keys[1]
     assert np.__version__ == keys[0]["version of numpy"]

@@ -9,9 +9,9 @@ import pytest
 
 FOREIGN = "{'torch', 'tensorflow', 'keras', 'horovod'}"
 NEUTRAL = [
-    f"common.{folder}{path.stem}"
-    for folder in ("", "datasets.", "commands.")
-    for path in sorted((ROOT / "common" / folder.rstrip(".")).glob("[!_]*.py"))
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted((ROOT / "common").rglob("[!_]*.py"))
+    if not {"torch", "tf"} & set(path.parts)
 ]
 
 

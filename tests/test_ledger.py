@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-from common import ledger
-from common.composition import compose
-from common.config import ConfigError
-from common.ledger import Ledger
-from common.sharding import Plan
-from common.topology import Topology
+from common.config.composition import compose
+from common.data import example_log
+from common.data.example_log import Ledger
+from common.data.sampler import TrainingSampler
+from common.distributed.topology import Topology
+from common.errors import ConfigError
 
 import pytest
 
@@ -16,11 +16,11 @@ import pytest
 def note(folder: Path, world_size: int, start: int = 0, stop: int = 99, epochs: int = 2) -> None:
     """Notes the steps of a run of 37 examples from one step to another, on all ranks."""
     cfg = compose("mnist_mlp", [f"train.epochs={epochs}", "train.global_batch_size=8"])
-    (alone,) = (Plan.of(cfg, 37, Topology(0, 1, 0, 1)),)
+    (alone,) = (TrainingSampler.of(cfg, 37, Topology(0, 1, 0, 1)),)
     ends = [alone.start, *(step.end for step in alone.steps())]
     restored = {"position": vars(ends[start]), "batch_sizes": {}}
     for rank in range(world_size):
-        plan = Plan.of(cfg, 37, Topology(rank, world_size, rank, world_size), restored)
+        plan = TrainingSampler.of(cfg, 37, Topology(rank, world_size, rank, world_size), restored)
         book = Ledger(folder, plan)
         for step in plan.steps():
             if step.number <= stop:
@@ -28,7 +28,7 @@ def note(folder: Path, world_size: int, start: int = 0, stop: int = 99, epochs: 
 
 
 def lines(folder: Path) -> list[tuple[bool, str]]:
-    return list(ledger.check(folder))
+    return list(example_log.check(folder))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
@@ -40,7 +40,7 @@ def test_each_example_once_at_any_number_of_ranks(tmp_path: Path, world_size: in
 def test_steps_that_were_redone_count_once(tmp_path: Path) -> None:
     note(tmp_path, 4, stop=7)
     note(tmp_path, 2, start=3, stop=6)
-    ledger.drop(tmp_path, 2)  # before a launch from step 3 on
+    example_log.drop(tmp_path, 2)  # before a launch from step 3 on
     note(tmp_path, 3, start=2)
     assert all(is_right for is_right, _ in lines(tmp_path))
 
@@ -54,7 +54,7 @@ def test_what_the_run_resumed_from_has_used_is_not_lost(tmp_path: Path) -> None:
     note(tmp_path, 2, start=2)
     used = "21 of 37 examples, each once; 16 were used by the run it was resumed from"
     assert lines(tmp_path) == [(True, f"epoch 1: {used}"), (True, "epoch 2: 37 of 37 examples, each once")]
-    ledger.drop(tmp_path, 2)
+    example_log.drop(tmp_path, 2)
     note(tmp_path, 1, start=2, stop=4)
     note(tmp_path, 1, start=4, epochs=1)  # a second launch in the same folder adds to the first one
     assert lines(tmp_path) == [(True, f"epoch 1: {used}")]
@@ -134,6 +134,6 @@ def test_a_file_that_no_run_has_written_is_damaged(tmp_path: Path, content: str)
 def test_a_file_of_another_name_is_no_part_of_a_ledger(tmp_path: Path) -> None:
     note(tmp_path, 1)
     (tmp_path / "ledger" / "from-step-one.jsonl").touch()
-    for read in (lines, lambda folder: ledger.drop(folder, 0)):
+    for read in (lines, lambda folder: example_log.drop(folder, 0)):
         with pytest.raises(ConfigError, match=r"from-step-one\.jsonl: is no file of a ledger"):
             read(tmp_path)

@@ -5,10 +5,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from common import checkpoint
-from common.composition import compose
+from common.config.composition import compose
 from common.errors import TrainingError
-from common.precision import LossScale
+from common.gradients.loss_scale import LossScale
+from common.training import checkpoint
 from tests.launch import read_events
 from tests.test_recipes import SMALL, TASKS, losses, train_here
 
@@ -75,9 +75,9 @@ def test_a_loss_that_is_no_number_ends_training_at_its_step(
     saving = ["train.checkpoint_every=1", "train.keep_checkpoints=1", "train.log_every=1000"]
     with pytest.raises(TrainingError, match="train_loss is nan at step 3"):
         recipe.train(compose("mnist_mlp", [*SMALL["mnist_mlp"], *saving, f"run.dir={shared_path / 'run'}"]))
-    runtime.from_rank_zero(None)
+    runtime.broadcast_object(None)
     checkpoint.finish_writing()
-    runtime.from_rank_zero(None)
+    runtime.broadcast_object(None)
     assert [path.name for path in (shared_path / "run/checkpoints").iterdir()] == ["step-00000002"]
 
 

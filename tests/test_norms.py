@@ -5,7 +5,7 @@ from tests.launch import FRAMEWORKS
 import pytest
 
 if "torch" in FRAMEWORKS:
-    from common.torch.norms import norm
+    from common.torch.gradients.norms import norm
 
     import torch
 

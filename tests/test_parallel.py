@@ -8,13 +8,14 @@ from functools import cache
 from pathlib import Path
 from typing import TypeAlias
 
-from common import checkpoint, ledger
-from common.clocks import Clocks
-from common.composition import compose
-from common.config import ConfigError
-from common.passage import Passage
-from common.topology import Topology
-from common.validation import validate
+from common.config.composition import compose
+from common.config.validation import validate
+from common.data import example_log
+from common.distributed.topology import Topology
+from common.errors import ConfigError
+from common.parallel.rank_schedule import RankSchedule
+from common.parallel.staleness import StalenessTracker
+from common.training import checkpoint
 from tests.launch import FRAMEWORKS, ROOT, horovodrun, kill_when, read_events, train
 from tests.parallel_job import LAYOUTS, RESUMED, TASKS
 from tests.test_recipes import losses
@@ -48,12 +49,12 @@ def test_one_loss_curve_for_every_layout(framework: str, num_ranks: int, task: s
     for layout in LAYOUTS[num_ranks][task]:
         run = runs(framework, num_ranks) / task / layout
         assert losses(read_events(run)) == pytest.approx(losses(read_events(whole)), rel=1e-5), layout
-        for is_right, line in ledger.check(run):
+        for is_right, line in example_log.check(run):
             assert is_right, (layout, line)
         first, last = (checkpoint.newest(folder)[0] for folder in (whole, run))
         assert first is not None
         assert last is not None
-        for old, new in ((first.weights, last.weights), (first.moments, last.moments)):
+        for old, new in ((first.weights, last.weights), (first.optimizer_state, last.optimizer_state)):
             assert {name: array.shape for name, array in old.items()} == {name: new[name].shape for name in new}
 
 
@@ -122,7 +123,7 @@ def test_workers_need_not_wait_for_each_other(framework: str, runs: Folders) -> 
     events = read_events(run)
     assert 0 < max(event["staleness"] for event in events if "staleness" in event) <= 4
     assert events[-1]["test_accuracy"] > 0.9
-    for is_right, line in ledger.check(run):
+    for is_right, line in example_log.check(run):
         assert is_right, line
 
 
@@ -137,7 +138,7 @@ def test_a_signal_stops_servers_and_workers_after_the_same_step(framework: str, 
 
 
 def test_clocks_keep_workers_within_the_bound() -> None:
-    clocks = Clocks([3, 4], max_staleness=2)
+    clocks = StalenessTracker([3, 4], max_staleness=2)
     for _ in range(2):
         clocks.tick(3)
         assert clocks.may_go_on(3)
@@ -155,8 +156,8 @@ def test_lanes_are_cut_alike_on_all_ranks_that_have_them() -> None:
         for rank in range(5):
             topology = Topology(rank, 5, rank, 5, replicas_per_stage=(3, 2))
             mine = [num_examples // 6 + (lane < num_examples % 6) for lane in topology.lanes]
-            passage = Passage("1f1b", 1, 4, topology)
-            for micro_batch, part in passage.micro_batches(sum(mine)).items():
+            rank_schedule = RankSchedule("1f1b", 1, 4, topology)
+            for micro_batch, part in rank_schedule.micro_batches(sum(mine)).items():
                 sizes.setdefault(micro_batch, set()).add(part.stop - part.start)
         assert len(sizes) == 24
         assert all(len(of_ranks) == 1 for of_ranks in sizes.values())

@@ -7,8 +7,8 @@ can go wrong there.
 from collections.abc import Callable
 from typing import Any
 
+from common.distributed.topology import Topology
 from common.errors import TrainingError
-from common.topology import Topology
 from tests.test_compression import method
 
 import pytest
@@ -18,7 +18,7 @@ ALONE = Topology(0, 1, 0, 1)
 
 
 def topology() -> Topology:
-    from common.torch import runtime
+    from common.torch.distributed import runtime
 
     return runtime.init()
 
@@ -27,15 +27,15 @@ def steps(gradients: Any, optimizer: Any, loss: Callable[[], Any], num_steps: in
     """Steps with a rank's share of the loss."""
     for _ in range(num_steps):
         gradients.zero()
-        gradients.exchange_in_next_backward()
+        gradients.prepare_for_backward()
         loss().backward()
-        gradients.wait()
+        gradients.synchronize()
         optimizer.step()
 
 
 def after_five_steps(place: Topology, **options: Any) -> dict[str, list[float]]:
     """Weights of which one has no gradient, and one has it on the last rank alone."""
-    from common.torch.gradients import Gradients
+    from common.torch.gradients.gradients import Gradients
 
     import torch
 
@@ -60,8 +60,8 @@ def test_a_parameter_without_a_gradient_is_left_alone_as_on_one_rank() -> None:
 
 
 def test_freezing_and_unfreezing_are_followed_on_all_ranks() -> None:
-    from common.torch import runtime
-    from common.torch.gradients import Gradients
+    from common.torch.distributed import runtime
+    from common.torch.gradients.gradients import Gradients
 
     import torch
 
@@ -89,7 +89,7 @@ def test_freezing_and_unfreezing_are_followed_on_all_ranks() -> None:
     steps(gradients, optimizer, loss)
     assert model["first"].tolist() == before
     assert model["second"].tolist() != [1, 1, 1]
-    runtime.check_in_sync(model)
+    runtime.assert_weights_in_sync(model)
     model["first"].requires_grad = place.rank == 0
     with pytest.raises(TrainingError, match="the ranks have frozen other parameters than each other"):
         gradients.rebuild()
@@ -97,7 +97,7 @@ def test_freezing_and_unfreezing_are_followed_on_all_ranks() -> None:
 
 @pytest.mark.parametrize("how", ["two passes", "reentrant checkpointing"])
 def test_a_gradient_that_changes_after_it_has_left_is_found_out_on_all_ranks(how: str) -> None:
-    from common.torch.gradients import Gradients
+    from common.torch.gradients.gradients import Gradients
 
     import torch
     from torch.utils.checkpoint import checkpoint
@@ -107,7 +107,7 @@ def test_a_gradient_that_changes_after_it_has_left_is_found_out_on_all_ranks(how
     gradients = Gradients(model.named_parameters(), topology(), bucket_bytes=16)
     inputs = torch.ones(2, 4, requires_grad=True)
     gradients.zero()
-    gradients.exchange_in_next_backward()
+    gradients.prepare_for_backward()
     if how == "two passes":
         for _ in range(2):
             model(inputs).sum().backward()
@@ -115,11 +115,11 @@ def test_a_gradient_that_changes_after_it_has_left_is_found_out_on_all_ranks(how
         hidden = checkpoint(shared, checkpoint(shared, inputs, use_reentrant=True), use_reentrant=True)
         last(hidden).sum().backward()
     with pytest.raises(TrainingError, match=r"added to the gradients of 0\.weight.* after they had left"):
-        gradients.wait()
+        gradients.synchronize()
 
 
 def test_the_last_of_several_passes_may_be_the_one_that_sends() -> None:
-    from common.torch.gradients import Gradients
+    from common.torch.gradients.gradients import Gradients
 
     import torch
 
@@ -128,25 +128,25 @@ def test_the_last_of_several_passes_may_be_the_one_that_sends() -> None:
     gradients = Gradients(model.named_parameters(), place, bucket_bytes=8)
     gradients.zero()
     model(torch.ones(1, 4)).sum().backward()
-    gradients.exchange_in_next_backward()
+    gradients.prepare_for_backward()
     model(torch.ones(1, 4)).sum().backward()
-    gradients.wait()
+    gradients.synchronize()
     assert model.bias.grad is not None
     assert model.bias.grad.tolist() == [2 * place.world_size]
 
 
 def test_pieces_of_a_sharded_optimizer_need_all_gradients() -> None:
-    from common.composition import option
-    from common.passage import Passage
-    from common.torch.gradients import Gradients
-    from common.torch.sharded import ShardedOptimizer
-    from common.torch.stage import Stage
+    from common.config.composition import option
+    from common.parallel.rank_schedule import RankSchedule
+    from common.torch.gradients.gradients import Gradients
+    from common.torch.parallel.sharded import ShardedOptimizer
+    from common.torch.parallel.stage import Stage
 
     import torch
 
     place = topology()
     layers = [torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)]
-    stage = Stage(layers, [range(2)], option("precision", "fp32"), Passage("1f1b", 1, 1, place))
+    stage = Stage(layers, [range(2)], option("precision", "fp32"), RankSchedule("1f1b", 1, 1, place))
     optimizer = ShardedOptimizer(option("optimizer", "adamw"), stage, range(place.world_size))
     gradients = Gradients(stage.named_parameters(), place)
     with pytest.raises(TrainingError, match=r"optimizer.sharded=true: 1.weight, 1.bias got no gradient on any rank"):

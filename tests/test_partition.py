@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import combinations
 
-from common.partition import balanced, problem, ranges
+from common.parallel.partition import balanced, problem, ranges
 
 import numpy as np
 import pytest

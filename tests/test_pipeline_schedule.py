@@ -2,19 +2,9 @@
 
 from collections.abc import Callable
 
-from common.pipeline_schedule import (
-    SCHEDULES,
-    Action,
-    Costs,
-    Kind,
-    Layout,
-    ScheduleError,
-    bubble,
-    check,
-    gantt,
-    make,
-    simulate,
-)
+from common.config.schema import PIPELINE_SCHEDULES
+from common.distributed.topology import Layout
+from common.parallel.pipeline_schedule import Action, Costs, Kind, ScheduleError, bubble, check, gantt, make, simulate
 
 import pytest
 
@@ -27,7 +17,7 @@ def layout_for(name: str, replicas_per_stage: tuple[int, ...], num_micro_batches
 
 
 @pytest.mark.parametrize("num_stages", range(2, 9))
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", PIPELINE_SCHEDULES)
 def test_schedules_are_valid_and_as_good_as_in_theory(name: str, num_stages: int) -> None:
     for num_micro_batches in range(1, 33):
         layout = layout_for(name, (1,) * num_stages, num_micro_batches)
@@ -47,7 +37,7 @@ def test_schedules_are_valid_and_as_good_as_in_theory(name: str, num_stages: int
             assert max(timeline.peak_activations) == peak
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", PIPELINE_SCHEDULES)
 @pytest.mark.parametrize("replicas", [(2, 2), (3, 1), (1, 3), (2, 1), (3, 2), (2, 3), (1, 2, 1), (1, 3, 4), (4, 6)])
 def test_stages_may_have_unequal_numbers_of_replicas(name: str, replicas: tuple[int, ...]) -> None:
     for num_micro_batches in (1, 2, 5):
@@ -64,7 +54,7 @@ def test_unequal_replicas_need_less_memory_than_gpipe_and_no_more_time(replicas:
     assert max(zb_h1.peak_activations) < max(gpipe.peak_activations) / 2
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", PIPELINE_SCHEDULES)
 @pytest.mark.parametrize("num_replicas", [1, 3])
 def test_one_stage_takes_its_micro_batches_in_turn(name: str, num_replicas: int) -> None:
     layout = Layout((num_replicas,), 4)

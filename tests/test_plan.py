@@ -3,10 +3,10 @@
 import sys
 from collections.abc import Sequence
 
-from common.composition import compose
-from common.run_plan import LayerFacts, RunPlan
-from common.topology import Topology
-from common.validation import validate
+from common.config.composition import compose
+from common.config.validation import validate
+from common.distributed.topology import Topology
+from common.parallel.cost_model import CostModel, LayerProfile
 from tests.launch import FRAMEWORKS, run
 
 import pytest
@@ -26,12 +26,12 @@ def rows(text: str, first: str) -> list[list[str]]:
     return [line.split() for line in lines[start + 1 : lines.index("", start)]]
 
 
-def plan_of(num_ranks: int, *overrides: str) -> RunPlan:
+def plan_of(num_ranks: int, *overrides: str) -> CostModel:
     """Of four layers of ten parameters that keep 100 bytes each; the first and the last share a weight of six."""
     cfg = compose("mnist_mlp", overrides)
     topology = validate(cfg, Topology(0, num_ranks, 0, num_ranks))
     weights = [{0: 6, 1: 4}, {2: 10}, {3: 10}, {4: 4, 0: 6}]
-    return RunPlan(cfg, topology, [LayerFacts("Layer", each, 5, 100, 1.0) for each in weights])
+    return CostModel(cfg, topology, [LayerProfile("Layer", each, 5, 100, 1.0) for each in weights])
 
 
 @pytest.fixture(scope="module")

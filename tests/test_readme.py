@@ -4,9 +4,9 @@ import re
 import shlex
 from pathlib import Path
 
-from common.composition import compose
-from common.topology import Topology
-from common.validation import validate
+from common.config.composition import compose
+from common.config.validation import validate
+from common.distributed.topology import Topology
 from tests.launch import FRAMEWORKS, ROOT, run
 
 import pytest
@@ -55,3 +55,11 @@ def test_every_make_target_in_the_readme_exists() -> None:
     named = set(re.findall(r"make ([a-z]+)", (ROOT / "README.md").read_text()))
     assert named
     assert named <= targets
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md", "README.md"])
+def test_files_that_a_page_names_exist(page: str) -> None:
+    folders = "common|conf|recipes|tests|benchmarks|install|docs"
+    named = re.findall(rf"\b(?:{folders})/[\w/.-]*\w\b", (ROOT / page).read_text())
+    assert named
+    assert [path for path in named if not (ROOT / path).exists()] == []

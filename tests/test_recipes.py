@@ -10,12 +10,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from common import checkpoint, ledger
-from common.commands import shard_data
-from common.composition import compose
-from common.config import MnistMLPConfig
-from common.datasets import digits, mnist
+from common.config.composition import compose
+from common.config.schema import MnistMLPConfig
+from common.data import example_log
+from common.data.datasets import digits, mnist
 from common.errors import TrainingError
+from common.training import checkpoint
+from recipes.commands import shard_data
 from tests.conftest import Launches
 from tests.launch import FRAMEWORKS, horovodrun, kill_when, read_events, run, train
 from tests.test_datasets import write_idx
@@ -76,7 +77,7 @@ def test_a_short_run(framework: str, name: str, shared_path: Path) -> None:
     curve = train_here(framework, task, shared_path / name, *overrides)
     assert list(curve) == list(range(1, num_steps + 1))
     assert curve[num_steps] < 0.9 * curve[1]
-    for is_right, line in ledger.check(shared_path / name):
+    for is_right, line in example_log.check(shared_path / name):
         assert is_right, line
 
 
@@ -127,7 +128,7 @@ def test_a_killed_job_goes_on_at_another_number_of_ranks(
     assert summary["resumed_from_step"] >= 10
     whole = losses(read_events(launches(framework, 1) / "test_a_short_run" / task))
     assert losses(read_events(tmp_path)) == pytest.approx(whole, rel=1e-5)
-    for is_right, line in ledger.check(tmp_path):
+    for is_right, line in example_log.check(tmp_path):
         assert is_right, line
 
 
@@ -183,12 +184,12 @@ def test_a_run_without_averaging_is_caught(
     framework: str, runtime: ModuleType, shared_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if framework == "torch":
-        from common.torch.gradients import Gradients
+        from common.torch.gradients.gradients import Gradients
         from recipes.mnist_mlp_torch import train
 
         monkeypatch.setattr(Gradients, "_send", lambda self, number: None)
     else:
-        from common.tf.compression import Dense
+        from common.tf.gradients.compression import Dense
         from recipes.mnist_mlp_tf import train
 
         monkeypatch.setattr(Dense, "exchange", lambda self, values, step: self.exchanged(values, values))
@@ -347,9 +348,9 @@ def test_a_run_that_is_resumed_at_its_end_is_completed(framework: str, shared_pa
     recipe = importlib.import_module(f"recipes.mnist_mlp_{framework}")
     overrides = ["model.hidden_sizes=[32]", "train.epochs=1", "train.global_batch_size=400"]
     whole = recipe.train(compose("mnist_mlp", [*overrides, f"run.dir={shared_path / 'whole'}"]))
-    importlib.import_module(f"common.{framework}.runtime").from_rank_zero(None)
+    importlib.import_module(f"common.{framework}.distributed.runtime").broadcast_object(None)
     (shared_path / "whole" / "summary.json").unlink(missing_ok=True)  # as if it had been killed before the last line
-    importlib.import_module(f"common.{framework}.runtime").from_rank_zero(None)
+    importlib.import_module(f"common.{framework}.distributed.runtime").broadcast_object(None)
     again = recipe.train(compose("mnist_mlp", [*overrides, f"run.dir={shared_path / 'whole'}"]))
     for name in ("steps", "weights_sha256", "test_accuracy", "completed"):
         assert again[name] == whole[name]

@@ -3,16 +3,17 @@
 import dataclasses
 from functools import partial
 
-from common import buckets
-from common.batch_size import DELAY, BatchSizes, learning_rate_factor
-from common.composition import compose, option
-from common.config import AdamWConfig, BatchSchedule, ReduceOp, Scope, SGDConfig, TrainConfig
-from common.datasets.augment import shift_and_turn, uniform
-from common.learning_rate import learning_rate
-from common.method_choice import Estimate, best
-from common.read_ahead import DEPTH
-from common.sharding import Plan
-from common.topology import Topology
+from common.config.composition import compose, option
+from common.config.layout import process_sets
+from common.config.schema import AdamWConfig, BatchSchedule, ReduceOp, Scope, SGDConfig, TrainConfig
+from common.data.batch_schedule import DELAY, BatchSizes, learning_rate_factor
+from common.data.datasets.augment import shift_and_turn, uniform
+from common.data.prefetch import DEPTH
+from common.data.sampler import TrainingSampler
+from common.distributed.topology import Topology
+from common.gradients import bucketing
+from common.gradients.autotune import Estimate, best
+from common.training.lr_schedule import learning_rate
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ ALONE = Topology(0, 1, 0, 1)
 def rates(*overrides: str) -> list[float]:
     """The learning rate of each of ten steps."""
     cfg = compose("mnist_mlp", ["train.max_steps=10", "optimizer.lr=2", *overrides])
-    return [learning_rate(step, cfg) for step in Plan.of(cfg, 1000, ALONE).steps()]
+    return [learning_rate(step, cfg) for step in TrainingSampler.of(cfg, 1000, ALONE).steps()]
 
 
 def test_cosine_falls_to_its_fraction_and_constant_does_not() -> None:
@@ -113,12 +114,12 @@ def test_images_are_shifted_and_turned() -> None:
     ],
 )
 def test_buckets_hold_each_gradient_once_last_first(sizes: list[int], expected: list[list[int]]) -> None:
-    assert buckets.assign(sizes, bucket_bytes=8) == expected
+    assert bucketing.assign(sizes, bucket_bytes=8) == expected
 
 
 @pytest.mark.parametrize(("num_ranks", "sent"), [(1, 0), (2, 4000), (4, 6000), (8, 7000)])
 def test_ring_allreduce_sends_by_the_formula(num_ranks: int, sent: int) -> None:
-    assert buckets.allreduce_bytes(4000, num_ranks) == sent
+    assert bucketing.allreduce_bytes(4000, num_ranks) == sent
 
 
 @pytest.mark.parametrize(("min_gain", "chosen"), [(0.1, "sign"), (0.3, "int8"), (0.6, "none")])
@@ -130,7 +131,7 @@ def test_auto_takes_the_first_method_that_none_after_it_beats_by_enough(min_gain
 
 def test_buckets_keep_small_weights_apart_and_have_an_uncompressed_one_last() -> None:
     shapes = [(100, 40), (40,), (200, 6), (30,)]
-    buckets_of = partial(buckets.of_model, shapes, 4, op=ReduceOp.average, max_bytes=10**6)
+    buckets_of = partial(bucketing.of_model, shapes, 4, op=ReduceOp.average, max_bytes=10**6)
     sign, powersgd = option("compression", "sign"), option("compression", "powersgd")
     found = [(bucket.method, bucket.members, bucket.num_values) for bucket in buckets_of(compression=sign)]
     assert found == [("sign", (2, 0), 5200), ("none", (3, 1), 70)]
@@ -142,6 +143,6 @@ def test_buckets_keep_small_weights_apart_and_have_an_uncompressed_one_last() ->
 
 def test_hosts_and_their_first_ranks_exchange_among_themselves() -> None:
     cfg = compose("mnist_mlp", ["compression=topk", "compression.two_level=true"])
-    sets = Topology(5, 6, 1, 2).process_sets(cfg)
+    sets = process_sets(Topology(5, 6, 1, 2), cfg)
     assert [list(ranks) for ranks in sets] == [[0, 1], [2, 3], [4, 5], [0, 2, 4]]
-    assert Topology(1, 2, 1, 2).process_sets(cfg) == []
+    assert process_sets(Topology(1, 2, 1, 2), cfg) == []

@@ -4,19 +4,21 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from common.batch_size import BatchSizes
-from common.config import BatchSchedule, TrainConfig
-from common.sharding import Plan, Position, Step, evaluation_batches
-from common.topology import Topology
+from common.config.schema import BatchSchedule, TrainConfig
+from common.data.batch_schedule import BatchSizes
+from common.data.sampler import SamplerState, Step, TrainingSampler, evaluation_batches
+from common.distributed.topology import Topology
 
 import numpy as np
 import pytest
 
 WORLD_SIZES = range(1, 9)
-BEGINNING = Position()
+BEGINNING = SamplerState()
 
 
-def plans(world_size: int, num_examples: int, start: Position = BEGINNING, seed: int = 7, **train: Any) -> list[Plan]:
+def plans(
+    world_size: int, num_examples: int, start: SamplerState = BEGINNING, seed: int = 7, **train: Any
+) -> list[TrainingSampler]:
     """The plans of all ranks, two epochs of batches of 16 unless told otherwise."""
     values = {
         "global_batch_size": 16,
@@ -27,7 +29,9 @@ def plans(world_size: int, num_examples: int, start: Position = BEGINNING, seed:
     }
     cfg = TrainConfig(max_batch_size=0, **values)
     ranks = [Topology(rank, world_size, rank, world_size) for rank in range(world_size)]
-    return [Plan(cfg, num_examples, seed, topology, BatchSizes(cfg, num_examples), start) for topology in ranks]
+    return [
+        TrainingSampler(cfg, num_examples, seed, topology, BatchSizes(cfg, num_examples), start) for topology in ranks
+    ]
 
 
 def epoch_of(steps: Iterable[Step], epoch: int) -> np.ndarray:

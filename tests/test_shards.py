@@ -12,11 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import datasets
-from common.commands import shard_data
-from common.config import (
+from common.config.schema import (
     Balance,
-    ConfigError,
     ImageShardsConfig,
     MnistConfig,
     TextConfig,
@@ -24,9 +21,12 @@ from common.config import (
     TokenizerKind,
     Verify,
 )
-from common.datasets import digits, mnist, shards, text
-from common.datasets.shards import ShardedArray, ShardWriter
-from common.topology import Topology
+from common.data import datasets
+from common.data.datasets import digits, mnist, shards, text
+from common.data.datasets.shards import ShardedArray, ShardWriter
+from common.distributed.topology import Topology
+from common.errors import ConfigError
+from recipes.commands import shard_data
 from tests.launch import ROOT
 from tests.test_datasets import write_idx
 
@@ -420,7 +420,7 @@ def test_an_interrupted_command_tidies_up(tmp_path: Path, number: signal.Signals
 
 PEAK = """
 import re, sys
-from common.commands import shard_data
+from recipes.commands import shard_data
 shard_data.main(sys.argv[1:])
 print(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
 """

@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common.config import ConfigError, TextConfig, TokenizerKind
-from common.datasets import text, tokenizer
-from common.datasets.text import Text, Windows
-from common.datasets.tokenizer import Stream
+from common.config.schema import TextConfig, TokenizerKind
+from common.data.datasets import text, tokenizer
+from common.data.datasets.text import Text, Windows
+from common.data.datasets.tokenizer import Stream
+from common.errors import ConfigError
 from tests.launch import ROOT
 
 import numpy as np
@@ -20,8 +21,8 @@ KINDS = list(TokenizerKind)
 STRANGE = "Grüße 字字 \U0001f600\r\n\t\x00 don't  <|endoftext|> " + "x" * 100
 LEARN = """
 import hashlib, json
-from common.config import TokenizerKind
-from common.datasets import tokenizer
+from common.config.schema import TokenizerKind
+from common.data.datasets import tokenizer
 from pydoc_data.topics import topics
 learned = tokenizer.train(TokenizerKind.bpe, (topics[name] for name in sorted(topics)), 600)
 print(hashlib.sha256(json.dumps(learned.to_json()).encode()).hexdigest())
@@ -96,7 +97,7 @@ def test_bpe_learns_the_same_in_every_process() -> None:
 
 
 def test_the_tokenizers_library_is_imported_for_bpe_only() -> None:
-    statements = "import sys, common.datasets; print('tokenizers' in sys.modules)"
+    statements = "import sys, common.data.datasets; print('tokenizers' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", statements], check=True, capture_output=True, text=True, cwd=ROOT)
     assert result.stdout == "False\n"
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any, Protocol
 
-from common.config import LMConfig
-from common.sampling import Window, choose
+from common.config.schema import LMConfig
+from common.training.sampling import Window, choose
 from tests.launch import FRAMEWORKS
 
 import numpy as np
@@ -44,12 +44,12 @@ class TorchModel:
         import torch
         from torch import nn
 
-        self.layers = build_layers(importlib.import_module("common.torch.transformer"), cfg)
+        self.layers = build_layers(importlib.import_module("common.torch.models.transformer"), cfg)
         torch.set_num_threads(1)  # more cost more than they bring at this size
         self.torch, self.model = torch, nn.Sequential(*self.layers).to(getattr(torch, dtype)).eval()
 
     def load(self, weights: dict[str, np.ndarray]) -> None:
-        from common.torch import checkpoint
+        from common.torch.training import checkpoint
 
         checkpoint.load_weights(self.model, weights)
 
@@ -72,7 +72,7 @@ class TfModel:
     """See Model."""
 
     def __init__(self, cfg: LMConfig, dtype: str) -> None:
-        transformer = importlib.import_module("common.tf.transformer")
+        transformer = importlib.import_module("common.tf.models.transformer")
         import keras
         import tensorflow as tf
 
@@ -82,7 +82,7 @@ class TfModel:
         keras.config.set_dtype_policy("float32")
 
     def load(self, weights: dict[str, np.ndarray]) -> None:
-        from common.tf import checkpoint
+        from common.tf.training import checkpoint
 
         checkpoint.load_weights(self.model, weights)
 
@@ -102,7 +102,7 @@ class TfModel:
         return self._by_name([gradient.numpy() for gradient in gradients])
 
     def _by_name(self, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
-        from common.tf import checkpoint
+        from common.tf.training import checkpoint
 
         variables = zip(checkpoint.names(self.model), self.model.trainable_variables, arrays, strict=True)
         return {name: array.T if variable.path.endswith("kernel") else array for name, variable, array in variables}
@@ -148,7 +148,7 @@ def test_logits_do_not_depend_on_later_tokens(framework: str) -> None:
 @pytest.mark.parametrize("cfg", [CFG, UNTIED], ids=["tied", "untied"])
 def test_the_decoder_gives_the_logits_of_the_full_forward(framework: str, cfg: LMConfig) -> None:
     model = build(framework, cfg)
-    transformer = importlib.import_module(f"common.{framework}.transformer")
+    transformer = importlib.import_module(f"common.{framework}.models.transformer")
     tokens = draw_tokens(3 * cfg.context)
     decoder = transformer.Decoder(model.layers, cfg)
     window: list[int] = []

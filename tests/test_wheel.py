@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.composition import group_options
+from common.config.composition import group_options
 from tests.launch import FRAMEWORKS, ROOT, run
 
 import pytest
@@ -21,7 +21,7 @@ files = [module.__file__ for name, module in sys.modules.items() if name.partiti
 print(json.dumps([result, files]))
 """
 COMPOSE = """
-from common.composition import compose, group_options
+from common.config.composition import compose, group_options
 result = {{task: group_options(task) for task in {tasks}}}
 for task, groups in result.items():
     for group, names in groups.items():

@@ -7,10 +7,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from common.composition import compose
-from common.datasets import digits
+from common.config.composition import compose
+from common.data.datasets import digits
+from common.distributed.topology import Topology
 from common.errors import TrainingError
-from common.topology import Topology
 from tests.launch import FRAMEWORKS, ROOT, horovodrun, read_events, run
 
 import numpy as np
@@ -27,7 +27,7 @@ def numbers(text: str) -> list[float]:
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_the_scripts_of_the_document_print_the_same_on_any_number_of_ranks(framework: str, tmp_path: Path) -> None:
     scripts = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "your-own-script.md").read_text(), re.DOTALL)
-    (script,) = [script for script in scripts if f"common.{framework} import" in script]
+    (script,) = [script for script in scripts if f"from common.{framework}." in script]
     path = tmp_path / "script.py"
     path.write_text(script)
     alone, together = run([sys.executable, path]), horovodrun(2, path)
@@ -60,7 +60,7 @@ def test_every_epochs_values_are_those_of_the_framework_on_one_rank(
     assert history.keys() == expected.keys()
     for name, values in expected.items():
         assert history[name] == pytest.approx(values, rel=1e-5), name
-    everyones = runtime.gather_json(history)
+    everyones = runtime.allgather_object(history)
     assert all(of_rank == everyones[0] for of_rank in everyones)
 
 
@@ -80,7 +80,9 @@ def test_ranks_that_do_not_exchange_are_found_out(
 def test_fit_gives_the_curve_of_the_recipe(framework: str, shared_path: Path) -> None:
     if framework == "torch":
         pytest.skip("PyTorch has no fit")
-    from common.tf import fit, optimizers, runtime
+    from common.tf import fit
+    from common.tf.distributed import runtime
+    from common.tf.gradients import optimizers
     from recipes import mnist_mlp_tf
 
     import keras
@@ -126,7 +128,8 @@ def test_fit_gives_the_curve_of_the_recipe(framework: str, shared_path: Path) ->
 def test_convolutions_statistics_and_the_callbacks_of_keras_go_along(framework: str) -> None:
     if framework == "torch":
         pytest.skip("PyTorch has no fit")
-    from common.tf import fit, runtime
+    from common.tf import fit
+    from common.tf.distributed import runtime
     from tests import own_script_tf
 
     import keras
@@ -145,7 +148,7 @@ def test_convolutions_statistics_and_the_callbacks_of_keras_go_along(framework: 
     assert len(history["loss"]) < 12
     assert history["learning_rate"][-1] < 3.0
     assert np.isfinite(history["val_loss"]).all()
-    everyones = runtime.gather_json(history)
+    everyones = runtime.allgather_object(history)
     assert all(of_rank == everyones[0] for of_rank in everyones)
 
 
@@ -153,7 +156,8 @@ def test_convolutions_statistics_and_the_callbacks_of_keras_go_along(framework: 
 def test_what_would_not_be_exact_is_refused(framework: str) -> None:
     if framework == "torch":
         pytest.skip("PyTorch has no fit")
-    from common.tf import fit, runtime
+    from common.tf import fit
+    from common.tf.distributed import runtime
     from tests import own_script_tf
 
     import keras
@@ -195,7 +199,7 @@ def test_what_would_not_be_exact_is_refused(framework: str) -> None:
 def test_keras_may_not_shuffle_the_steps(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if framework == "torch":
         pytest.skip("PyTorch has no fit")
-    from common.tf import runtime
+    from common.tf.distributed import runtime
     from tests import own_script_tf
 
     import keras
@@ -217,7 +221,7 @@ def test_keras_may_not_shuffle_the_steps(framework: str, monkeypatch: pytest.Mon
 def test_statistics_are_averaged_for_a_plain_loop(framework: str, runtime: ModuleType) -> None:
     if framework == "tf":
         pytest.skip("Synchronise does it")
-    from common.torch.loop import average_statistics
+    from common.torch.data.loop import average_statistics
 
     import torch
 
@@ -225,9 +229,9 @@ def test_statistics_are_averaged_for_a_plain_loop(framework: str, runtime: Modul
     layer = torch.nn.BatchNorm1d(2, momentum=1.0)
     layer(torch.tensor([[0.0, 1.0], [2.0, 1.0]]) + topology.rank)
     with pytest.raises(TrainingError):
-        runtime.check_in_sync(layer)
+        runtime.assert_weights_in_sync(layer)
     average_statistics(layer)
-    runtime.check_in_sync(layer)
+    runtime.assert_weights_in_sync(layer)
     assert layer.state_dict()["running_mean"].tolist() == [1.5, 1.5]
 
 
@@ -235,7 +239,7 @@ def test_statistics_are_averaged_for_a_plain_loop(framework: str, runtime: Modul
 def test_a_batch_of_none_is_made_like_any_other(framework: str) -> None:
     if framework == "tf":
         pytest.skip("Keras gets a placeholder")
-    from common.torch.loop import ShardedBatches
+    from common.torch.data.loop import ShardedBatches
 
     import torch
 

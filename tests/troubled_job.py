@@ -10,17 +10,17 @@ import sys
 import time
 from typing import Any
 
-from common import command_line
+from common.training import command_line
 
 framework, trouble = sys.argv[1:]
-runtime = importlib.import_module(f"common.{framework}.runtime")
+runtime = importlib.import_module(f"common.{framework}.distributed.runtime")
 
 
 def train(_: Any) -> None:
     """Works until something happens."""
     troubled = runtime.init().rank == 1
     if trouble == "late":
-        with runtime.joint_check():
+        with runtime.raise_on_all_ranks():
             time.sleep(5 * troubled)
         return
     for step in range(10**6):

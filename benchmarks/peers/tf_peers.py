@@ -3,12 +3,13 @@
 import time
 from typing import Any
 
-from common import datasets
-from common.config import RunConfig, TransformerLMConfig
-from common.datasets.augment import Augmented
-from common.datasets.examples import Examples
-from common.sharding import Plan
-from common.tf import optimizers, runtime
+from common.config.schema import RunConfig, TransformerLMConfig
+from common.data import datasets
+from common.data.datasets.augment import Augmented
+from common.data.datasets.examples import Examples
+from common.data.sampler import TrainingSampler
+from common.tf.distributed import runtime
+from common.tf.gradients import optimizers
 from recipes import mnist_cnn_tf, mnist_mlp_tf, transformer_lm_tf
 
 import keras
@@ -23,7 +24,7 @@ class Batches(keras.utils.PyDataset):
     def __init__(self, cfg: RunConfig, examples: Examples) -> None:
         super().__init__()
         self._examples = examples
-        self._steps = list(Plan.of(cfg, len(examples), runtime.init()).steps())
+        self._steps = list(TrainingSampler.of(cfg, len(examples), runtime.init()).steps())
 
     def __len__(self) -> int:
         return len(self._steps)

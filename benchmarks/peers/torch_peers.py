@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from common import datasets, model_parts
-from common.config import RunConfig, TransformerLMConfig
-from common.datasets.augment import Augmented
-from common.datasets.examples import Examples
-from common.sharding import Plan
-from common.topology import Topology
-from common.torch import optimizers, runtime
+from common.config.schema import RunConfig, TransformerLMConfig
+from common.data import datasets
+from common.data.datasets.augment import Augmented
+from common.data.datasets.examples import Examples
+from common.data.sampler import TrainingSampler
+from common.distributed.topology import Topology
+from common.parallel import model_parts
+from common.torch.distributed import runtime
+from common.torch.gradients import optimizers
 from recipes import mnist_cnn_torch, mnist_mlp_torch, transformer_lm_torch
 
 import horovod.torch as hvd
@@ -48,7 +50,7 @@ def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 def steps(cfg: RunConfig, examples: Examples, topology: Topology) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's inputs and targets of each step."""
-    for step in Plan.of(cfg, len(examples), topology).steps():
+    for step in TrainingSampler.of(cfg, len(examples), topology).steps():
         inputs, targets = examples.take(step.examples, step.epoch)
         yield torch.from_numpy(inputs), torch.from_numpy(targets)
 

@@ -1,6 +1,6 @@
-"""How the rules of common/ are carried out with Keras 3 on TensorFlow.
+"""The version of the framework-dependent parts for Keras 3 on TensorFlow.
 
-To be imported before keras and tensorflow: what they read from the environment is set here.
+It must be imported before keras and tensorflow, because it sets environment variables that they read.
 """
 
 import os
@@ -9,14 +9,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from common.extras import require
+from common.distributed.extras import require
 
 
 @contextmanager
 def _without_greetings() -> Iterator[None]:
     """Drops the informational lines that TensorFlow's libraries write to stderr while they load.
 
-    They do so before TF_CPP_MIN_LOG_LEVEL counts, on every rank; warnings and errors are passed on.
+    TF_CPP_MIN_LOG_LEVEL has no effect on them yet. Warnings and errors are still printed.
     """
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as written:

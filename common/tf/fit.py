@@ -1,12 +1,13 @@
-"""Makes model.compile and model.fit of a script of one's own one training on all ranks (docs/your-own-script.md)."""
+"""Data-parallel model.fit for your own script (docs/your-own-script.md)."""
 
 import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from common import batches
-from common.tf import gradients, runtime
-from common.topology import Topology
+from common.data import batches
+from common.distributed.topology import Topology
+from common.tf.distributed import runtime
+from common.tf.gradients import gradients
 
 import keras
 import numpy as np
@@ -14,10 +15,10 @@ import tensorflow as tf
 
 
 def distributed(optimizer: keras.Optimizer) -> keras.Optimizer:
-    """Makes the optimizer take its steps with the mean gradient of all ranks, and returns it.
+    """Makes the optimizer use the mean gradient of all ranks; returns the same optimizer.
 
-    In fit the ranks' gradients are weighted by their numbers of examples (see Synchronise); where the optimizer is
-    called directly, their plain mean is taken. The optimizer stays of its class and is saved as such.
+    In fit, the gradients of the ranks are weighted by their numbers of examples (see Synchronise); if the optimizer is
+    called directly, their plain mean is used. The optimizer keeps its class and is saved as usual.
     """
     if not _is_distributed(optimizer):
         optimizer.apply = _ApplyMean(optimizer, runtime.init())
@@ -25,10 +26,11 @@ def distributed(optimizer: keras.Optimizer) -> keras.Optimizer:
 
 
 class _ApplyMean:
-    """Stands in for the method `apply` of an optimizer.
+    """Replaces the method `apply` of an optimizer.
 
     Attributes:
-        num_examples: () int32, of which this rank's next gradient is the mean; None: a rank counts once.
+        num_examples: () int32, number of examples of this rank's next gradient, which is their mean; None: all ranks
+            have the same weight.
     """
 
     def __init__(self, optimizer: keras.Optimizer, topology: Topology) -> None:
@@ -38,16 +40,16 @@ class _ApplyMean:
 
     def __call__(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
         num_examples, self.num_examples = self.num_examples, None
-        # On one rank too: Keras squares a sparse gradient before it adds up the rows that are there twice.
+        # With one rank, too: Keras squares a sparse gradient before it sums repeated rows.
         dense = [None if gradient is None else _dense(gradient) for gradient in grads]
         if self._topology.num_replicas > 1:
             dense = self._mean(dense, 1 if num_examples is None else num_examples)
         self._apply(dense, trainable_variables)
 
     def _mean(self, grads: Sequence[tf.Tensor | None], num_examples: int | tf.Tensor) -> list[tf.Tensor | None]:
-        """The mean gradients; what is None stays so, and Keras says what it has to say about it."""
+        """The mean gradients; None stays None, and Keras warns about it or raises an error."""
         given = [gradient for gradient in grads if gradient is not None]
-        # A message has one dtype, and sums of many float16 would overflow.
+        # A message has one dtype, and sums of many float16 values would overflow.
         dtype = tf.float64 if any(gradient.dtype == tf.float64 for gradient in given) else tf.float32
         weight = tf.cast(num_examples, dtype)
         # The gradient of a placeholder may be NaN.
@@ -58,7 +60,7 @@ class _ApplyMean:
 
 
 def _dense(gradient: tf.Tensor | tf.IndexedSlices) -> tf.Tensor:
-    """The gradient as a tensor; an embedding's comes as rows and their numbers, which differ between ranks."""
+    """The gradient as a dense tensor; that of an embedding has rows and their numbers, which differ between ranks."""
     return tf.ensure_shape(tf.convert_to_tensor(gradient), gradient.shape)
 
 
@@ -67,24 +69,24 @@ def _is_distributed(optimizer: keras.Optimizer | None) -> bool:
 
 
 class Synchronise(keras.callbacks.Callback):
-    """Makes fit one training on all ranks, and fit and evaluate report the values of all examples of all ranks.
+    """A callback that makes fit data-parallel; fit and evaluate then report values over the examples of all ranks.
 
     - Training begins with rank 0's weights and optimizer state.
-    - A rank's gradient counts as many times as it has examples in the step, so that the steps are those of one rank
-      with the global batch.
+    - A rank's gradient is weighted by its number of examples in the step, so that each step is the same as that of one
+      rank with the global batch.
     - At the end of an epoch or evaluation, the metrics' variables are summed over the ranks before Keras computes the
-      results. So all ranks see the same values, to the bit, whatever the order of the callbacks. Progress within an
-      epoch is the rank's own.
-    - At the end of an epoch, what layers keep track of without gradients (BatchNormalization) is averaged.
-    - At the end of training all ranks compare their weights.
+      results. So all ranks see the same values, to the bit, for any order of the callbacks. Progress within an epoch is
+      that of each rank.
+    - At the end of an epoch, the layers' running statistics (BatchNormalization) are averaged.
+    - At the end of training, all ranks compare their weights.
 
     Args:
-        additive: classes of metrics of one's own whose variables all begin at 0 and only have sums over examples added
-            to them. Keras' own metrics are.
+        additive: user-defined classes of metrics whose variables all begin at 0 and are sums over examples. Keras'
+            metrics are always accepted.
 
     Raises:
-        ValueError: before training, if it could not be exact.
-        TrainingError: at its end, if ranks hold different weights.
+        ValueError: before training, if data-parallel training would not be exact.
+        TrainingError: at the end of training, if ranks hold different weights.
     """
 
     def __init__(self, additive: Sequence[type[keras.Metric]] = ()) -> None:
@@ -100,11 +102,11 @@ class Synchronise(keras.callbacks.Callback):
                 _WeighedStep(model)
             if self._topology.num_replicas > 1 and model.jit_compile:
                 model.jit_compile = False  # XLA has no kernels for Horovod's operations
-            model.train_function = None  # it may have been traced without this callback
+            model.train_function = None  # the existing one may have been traced without this callback
         super().set_model(model)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Refuses what would not be exact and gives all ranks rank 0's weights and optimizer state."""
+        """Checks that training would be exact, and broadcasts rank 0's weights and optimizer state."""
         self._training, self._testing, self._checked_metrics = True, False, False
         _check_compiled(self.model)
         _check_steps(self.params["steps"])
@@ -114,12 +116,12 @@ class Synchronise(keras.callbacks.Callback):
         self._begin_summing()
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Refuses metrics as soon as Keras has built them, in the first step."""
+        """Checks the metrics as soon as Keras has built them, in the first step."""
         if batch and not self._checked_metrics:
             self._check_metrics()
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Begins an evaluation, within training or on its own."""
+        """Begins an evaluation, within training or separately."""
         self._testing = True
         if not self._training:
             self._begin_summing()
@@ -134,13 +136,13 @@ class Synchronise(keras.callbacks.Callback):
         """Compares the weights of all ranks."""
         self._training = False
         self._end_summing()
-        runtime.check_in_sync(self.model)
+        runtime.assert_weights_in_sync(self.model)
 
     def _begin_summing(self) -> None:
-        """Gets in before the method that Keras computes the results of an epoch or an evaluation with.
+        """Wraps the method by which Keras computes the results of an epoch or an evaluation.
 
-        Keras has no public place for it: callbacks are called with a copy of what evaluate has already decided to
-        return. The method is as in Keras 3.15.
+        Keras has no public interface for this: callbacks only get a copy of the results that evaluate returns. The
+        private method is that of Keras 3.15.
         """
         self._end_summing()
         of_this_rank = self.model._get_metrics_result_or_logs
@@ -181,7 +183,7 @@ class Synchronise(keras.callbacks.Callback):
         return is_a_sum or type(metric).__module__.startswith("keras.") or isinstance(metric, self._additive)
 
     def _sum_metrics(self) -> None:
-        """Every rank then has the state that one rank would have after all examples."""
+        """Sums the metrics' variables: each rank then has the state that one rank would have after all examples."""
         variables = _variables(self.model)
         for variable, value in zip(variables, self._sums(variables), strict=True):
             variable.assign(tf.cast(value, variable.dtype))
@@ -192,17 +194,17 @@ class Synchronise(keras.callbacks.Callback):
             variable.assign(tf.cast(value / self._topology.num_replicas, variable.dtype))
 
     def _sums(self, variables: Sequence[keras.Variable]) -> list[tf.Tensor]:
-        """The sums over the ranks, in double precision, where the mean of equal numbers is that number."""
+        """The sums over the ranks in float64, in which the mean of equal numbers is exact."""
         return gradients.sum_over_replicas(
             [tf.cast(variable.value, tf.float64) for variable in variables], self._topology
         )
 
 
 class _WeighedStep:
-    """Stands in for the methods `compute_loss` and `compute_metrics` of a model.
+    """Replaces the methods `compute_loss` and `compute_metrics` of a model.
 
-    It tells the optimizer of how many examples the loss is the mean. Where there are none, the batch is a placeholder
-    (see ShardedBatches): the loss is 0 and the metrics stay what they were before the step.
+    It gives the optimizer the number of examples of the loss, which is their mean. Without examples, the batch is a
+    placeholder (see ShardedBatches): the loss is 0, and the step does not change the metrics.
     """
 
     def __init__(self, model: keras.Model) -> None:
@@ -230,18 +232,18 @@ class _WeighedStep:
         )
         before, self._before = self._before, {}
         for variable in _variables(self._model) if before else []:
-            old = before.get(id(variable), tf.zeros_like(variable.value))  # Keras has only now made it
+            old = before.get(id(variable), tf.zeros_like(variable.value))  # created only now
             variable.assign(tf.where(_num_rows((y, x, y_pred)) > 0, variable.value, old))
         return results
 
 
 def _num_rows(nest: Any) -> tf.Tensor:
-    """() int32, the size of the first tensor."""
+    """The number of rows of the first tensor, () int32."""
     return tf.shape(next(tensor for tensor in keras.tree.flatten(nest) if tensor is not None))[0]
 
 
 def _filled(nest: Any, num_rows: tf.Tensor) -> Any:
-    """The tensors, with rows of zeros where they have none."""
+    """The tensors; those without rows get num_rows rows of zeros."""
 
     def fill(tensor: Any) -> Any:
         if tensor is None:
@@ -253,7 +255,7 @@ def _filled(nest: Any, num_rows: tf.Tensor) -> Any:
 
 
 def _metrics(model: keras.Model) -> list[keras.Metric]:
-    """All metrics of the model; those of compile are in a container."""
+    """All metrics of the model; those that were given to compile are in a container."""
     return [inner for metric in model.metrics for inner in getattr(metric, "metrics", [metric])]
 
 
@@ -263,10 +265,10 @@ def _variables(model: keras.Model) -> list[keras.Variable]:
 
 
 def _check_compiled(model: keras.Model) -> None:
-    """Refuses a model whose steps on many ranks would not be those of one.
+    """Checks that the steps of a model on many ranks would be the same as on one rank.
 
     Raises:
-        ValueError: with what to do.
+        ValueError: they would not; the message has the remedy.
     """
     if not _is_distributed(model.optimizer):
         raise ValueError(
@@ -288,12 +290,12 @@ def _check_compiled(model: keras.Model) -> None:
 
 
 def _check_steps(num_steps: int | None) -> None:
-    """Refuses epochs in which ranks would wait for steps that others do not take.
+    """Checks that all ranks take the same number of steps in an epoch; otherwise some would wait forever.
 
     Raises:
-        ValueError: the ranks' numbers of steps differ or are not known.
+        ValueError: the ranks' numbers of steps differ or are unknown.
     """
-    everyones = runtime.gather_json(num_steps)
+    everyones = runtime.allgather_object(num_steps)
     if None in everyones or len(set(everyones)) > 1:
         raise ValueError(
             f"all ranks must take the same number of steps in an epoch; if Keras cannot tell it, pass steps_per_epoch. "
@@ -302,21 +304,21 @@ def _check_steps(num_steps: int | None) -> None:
 
 
 class ShardedBatches(keras.utils.PyDataset):
-    """This rank's part of each global batch, in the recipes' order; fit needs shuffle=False with it.
+    """This rank's part of each global batch, in the same order as in the recipes; call fit with shuffle=False.
 
-    An epoch's batches are a permutation of the examples, cut into pieces; ranks' parts of a piece differ by one
-    example at most. In an epoch's last step a rank may have none: it then takes part with a placeholder, an input
-    without a target, which Synchronise counts nowhere.
+    The batches of an epoch are consecutive pieces of a permutation of the examples; the ranks' parts of a batch differ
+    by at most one example. In an epoch's last step a rank may have no examples: it then takes part with a placeholder,
+    an input without a target, which Synchronise does not count.
 
     Args:
-        x: inputs as numpy arrays, each (N, ...); one, or any nest of them.
+        x: inputs as numpy arrays, each (N, ...); one array, or any nest of arrays.
         y: targets likewise.
-        global_batch_size: examples per step over all ranks; an epoch's last step has what is left.
-        topology: whose part is taken.
-        seed: decides the order together with the epoch.
-        shuffle: False takes the examples as they come, to evaluate.
+        global_batch_size: number of examples per step over all ranks; an epoch's last step has the remaining ones.
+        topology: the place of this rank.
+        seed: determines the order together with the epoch.
+        shuffle: False keeps the order of the arrays, for evaluation.
         sample_weight: (N,) or None.
-        epoch: the first to be given out, from 1; to go on after an interruption, fit's initial_epoch + 1.
+        epoch: the first epoch, from 1; to resume after an interruption, fit's initial_epoch + 1.
     """
 
     def __init__(
@@ -353,16 +355,16 @@ class ShardedBatches(keras.utils.PyDataset):
             )
         examples, _ = self._steps[index]
         x, *others = keras.tree.map_structure(lambda array: array[examples], self._arrays)
-        if not len(examples):  # many layers cannot do without an input: TensorFlow's convolutions are among them
+        if not len(examples):  # many layers fail without any input, such as TensorFlow's convolutions
             x = keras.tree.map_structure(lambda array: array[:1], self._arrays[0])
         return x, *others
 
     def on_epoch_begin(self) -> None:
-        """Keras' sign that an epoch begins; workers, if any, have begun before."""
+        """Called by Keras when an epoch begins; worker threads, if any, have started before."""
         self._within_epoch = True
 
     def on_epoch_end(self) -> None:
-        """Keras' sign that an epoch is over, which it also gives before the first one."""
+        """Called by Keras at the end of an epoch, and also before the first epoch."""
         self._epoch += self._within_epoch
         self._within_epoch = False
         self._prepare()

@@ -1,5 +1,5 @@
-"""How the rules of common/ are carried out with PyTorch."""
+"""The PyTorch version of the framework-dependent parts."""
 
-from common.extras import require
+from common.distributed.extras import require
 
 require("torch", "torch", "horovod")

@@ -1,0 +1,1 @@
+"""Datasets, and the sampler that assigns examples to ranks."""

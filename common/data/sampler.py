@@ -1,0 +1,181 @@
+"""Which examples a replica gets at which step.
+
+The global batches of an epoch are consecutive pieces of a permutation of the dataset, and depend only on the seed and
+the epoch. A replica gets a contiguous part of each batch, so that the number of replicas changes which rank computes
+what, but never the result.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Self
+
+from common.config.schema import RunConfig, TrainConfig
+from common.data.batch_schedule import BatchSizes
+from common.distributed.topology import Topology
+from common.errors import ConfigError
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class SamplerState:
+    """The progress of training.
+
+    Attributes:
+        step: number of finished optimizer steps.
+        epoch: the epoch of the next example, from 1.
+        offset: number of examples of this epoch that are already used.
+    """
+
+    step: int = 0
+    epoch: int = 1
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """The examples of one optimizer step.
+
+    Attributes:
+        number: number of the step in the whole training, from 1.
+        epoch: number of the epoch, from 1.
+        examples: (n,) int64, the numbers of this rank's examples; n may be 0 in an epoch's last step.
+        global_size: number of examples of all replicas in this step.
+        batch_size: size of the global batch by the batch schedule; global_size may be smaller in an epoch's last step.
+        ends_epoch: whether this is the last step of an epoch or of the run.
+        progress: the finished fraction of the run after this step; 1 after the last step.
+        end: the state of the sampler after this step.
+    """
+
+    number: int
+    epoch: int
+    examples: np.ndarray
+    global_size: int
+    batch_size: int
+    ends_epoch: bool
+    progress: float
+    end: SamplerState
+
+
+@dataclass(frozen=True)
+class TrainingSampler:
+    """All steps of a training run, with the examples of one rank.
+
+    Attributes:
+        train: the configuration of the run's length.
+        num_examples: size of the training set.
+        seed: determines the order together with the epoch.
+        topology: the place of the rank.
+        batch_sizes: number of examples per step over all replicas; an epoch's last step has the remaining examples.
+        start: the state from which the run begins.
+        classes: (num_examples,) the class of each example, if an epoch draws all classes equally often with
+            replacement; None: an epoch takes each example once.
+    """
+
+    train: TrainConfig
+    num_examples: int
+    seed: int
+    topology: Topology
+    batch_sizes: BatchSizes
+    start: SamplerState = SamplerState()
+    classes: np.ndarray | None = None
+
+    @classmethod
+    def of(
+        cls,
+        cfg: RunConfig,
+        num_examples: int,
+        topology: Topology,
+        restored: Mapping[str, Any] = MappingProxyType({}),
+        classes: np.ndarray | None = None,
+    ) -> Self:
+        """The sampler of a configuration, which continues from the restored state of a checkpoint, if there is one.
+
+        Raises:
+            ConfigError: the checkpoint has used more examples of an epoch than there are.
+        """
+        sizes = BatchSizes(cfg.train, num_examples)
+        if restored:
+            sizes = BatchSizes.from_json(cfg.train, num_examples, restored["batch_sizes"])
+        start = SamplerState(**restored.get("position", {}))
+        if start.offset >= num_examples:
+            raise ConfigError(
+                [f"resume: the checkpoint has used {start.offset} of {num_examples} examples of an epoch"]
+            )
+        return cls(cfg.train, num_examples, cfg.seed, topology, sizes, start, classes)
+
+    def steps(self) -> Iterator[Step]:
+        """The steps from the start to the end of the run."""
+        position, order = self.start, np.empty(0)
+        while self.progress(position) < 1:
+            if not len(order):
+                order = self._order(position.epoch)
+            step = self._step(position, order)
+            yield step
+            if step.end.epoch > position.epoch:
+                order = np.empty(0)
+            position = step.end
+
+    def progress(self, position: SamplerState) -> float:
+        """The finished fraction of the run, by examples or by train.max_steps, whichever ends the run first."""
+        examples = (position.epoch - 1) * self.num_examples + position.offset
+        by_examples = examples / (self.train.epochs * self.num_examples)
+        return max(by_examples, position.step / self.train.max_steps) if self.train.max_steps else by_examples
+
+    @property
+    def most_steps(self) -> int:
+        """Number of steps of the whole run if the batch size does not grow."""
+        by_examples = self.train.epochs * math.ceil(self.num_examples / self.train.global_batch_size)
+        return min(by_examples, self.train.max_steps or by_examples)
+
+    def _step(self, position: SamplerState, order: np.ndarray) -> Step:
+        batch_size = self.batch_sizes.at(position.step + 1)
+        batch = order[position.offset : position.offset + batch_size]
+        used = position.offset + len(batch)
+        is_whole = used == self.num_examples
+        end = SamplerState(position.step + 1, position.epoch + is_whole, 0 if is_whole else used)
+        progress = self.progress(end)
+        mine = batch[part(len(batch), self.topology)]
+        return Step(end.step, position.epoch, mine, len(batch), batch_size, is_whole or progress >= 1, progress, end)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """(num_examples,) the numbers of the epoch's examples, in order."""
+        if self.classes is None:
+            return shuffled(self.num_examples, self.seed, epoch)
+        random = np.random.default_rng((self.seed, epoch))
+        by_class = np.argsort(self.classes, kind="stable")
+        _, sizes = np.unique(self.classes, return_counts=True)
+        drawn = random.integers(len(sizes), size=self.num_examples)
+        chosen: np.ndarray = by_class[np.cumsum(sizes)[drawn] - 1 - random.integers(sizes[drawn])]
+        return chosen
+
+
+def shuffled(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    """(num_examples,) int64, the order in which an epoch takes all examples once."""
+    return np.random.default_rng((seed, epoch)).permutation(num_examples)
+
+
+def part(num_examples: int, topology: Topology) -> slice:
+    """The contiguous part of num_examples examples that belongs to the rank's lanes; empty for a server.
+
+    The sizes of lanes differ by at most one example; larger ones come first.
+    """
+    lanes, starts = topology.lanes, bounds(num_examples, topology.num_replicas)
+    return slice(starts[lanes.start], starts[lanes.stop])
+
+
+def bounds(num_examples: int, num_parts: int) -> list[int]:
+    """(num_parts + 1,) the starts of consecutive parts and the end of the last one, larger parts first; [0] if none."""
+    size, larger = divmod(num_examples, max(1, num_parts))
+    return [number * size + min(number, larger) for number in range(num_parts + 1)]
+
+
+def evaluation_batches(num_examples: int, batch_size: int, topology: Topology) -> Iterator[slice]:
+    """This rank's parts of a dataset that is cut into batches of at most batch_size examples per lane."""
+    whole = batch_size * topology.num_replicas
+    for start in range(0, num_examples, whole):
+        mine = part(min(whole, num_examples - start), topology)
+        if mine.start < mine.stop:
+            yield slice(start + mine.start, start + mine.stop)

@@ -1,0 +1,229 @@
+"""The place of a rank in the job: immutable integers, independent of the framework and testable without processes.
+
+A lane is a data shard of the pipeline: the global batch is cut into lcm(replicas_per_stage) lanes of equal size (up to
+one example), so that each replica of a stage works on equally many lanes. With one stage, each worker has one lane.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which rank has which model chunks ("parts" in the code) and which micro-batches.
+
+    Ranks are numbered stage by stage. The lanes are divided among the replicas of a stage in order, and micro-batch j
+    of lane l has the id j * num_lanes + l.
+
+    Attributes:
+        replicas_per_stage: number of replicas of each stage.
+        num_micro_batches: number of micro-batches per lane.
+        parts_per_stage: number of model chunks per stage; 1 unless the schedule is interleaved.
+    """
+
+    replicas_per_stage: tuple[int, ...]
+    num_micro_batches: int
+    parts_per_stage: int = 1
+
+    def __post_init__(self) -> None:
+        if min(*(self.replicas_per_stage or [0]), self.num_micro_batches, self.parts_per_stage) < 1:
+            raise ValueError(f"each number must be at least 1. Received: {self}")
+        if self.num_stages == 1 and self.parts_per_stage > 1:
+            raise ValueError(
+                f"a single stage has nothing to interleave with: parts_per_stage must be 1. Received: {self}"
+            )
+
+    @property
+    def num_stages(self) -> int:
+        """Number of stages."""
+        return len(self.replicas_per_stage)
+
+    @property
+    def num_parts(self) -> int:
+        """Number of model chunks."""
+        return self.num_stages * self.parts_per_stage
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of ranks: the sum of the replicas of all stages."""
+        return sum(self.replicas_per_stage)
+
+    @cached_property
+    def num_lanes(self) -> int:
+        """Number of lanes of the global batch."""
+        return math.lcm(*self.replicas_per_stage)
+
+    @cached_property
+    def _first_ranks(self) -> list[int]:
+        return [0, *accumulate(self.replicas_per_stage)]
+
+    def stage_of(self, rank: int) -> int:
+        """The stage that a rank is a replica of."""
+        return next(stage for stage, end in enumerate(self._first_ranks[1:]) if rank < end)
+
+    def replica_of(self, rank: int) -> int:
+        """The rank's number among the replicas of its stage."""
+        return rank - self._first_ranks[self.stage_of(rank)]
+
+    def lanes_of(self, rank: int) -> range:
+        """The lanes that a rank handles."""
+        num_lanes = self.num_lanes // self.replicas_per_stage[self.stage_of(rank)]
+        return range(self.replica_of(rank) * num_lanes, (self.replica_of(rank) + 1) * num_lanes)
+
+    def micro_batches_of(self, rank: int) -> list[int]:
+        """The ids of the rank's micro-batches, ascending."""
+        lanes = self.lanes_of(rank)
+        return [row * self.num_lanes + lane for row in range(self.num_micro_batches) for lane in lanes]
+
+    def parts_of(self, rank: int) -> range:
+        """The model chunks of a rank, ascending."""
+        return range(self.stage_of(rank), self.num_parts, self.num_stages)
+
+    def rank_of(self, part: int, micro_batch: int) -> int:
+        """The rank that handles a micro-batch on a model chunk."""
+        stage, lane = part % self.num_stages, micro_batch % self.num_lanes
+        return self._first_ranks[stage] + lane * self.replicas_per_stage[stage] // self.num_lanes
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The place of one rank in the job.
+
+    Servers have the first ranks, followed by the stages of the model in order, each with all its replicas.
+
+    Attributes:
+        rank: 0 .. world_size - 1; rank 0 writes and prints.
+        world_size: number of ranks in the job.
+        local_rank: 0 .. local_size - 1, the rank's number on its host.
+        local_size: number of ranks on this host.
+        replicas_per_stage: number of ranks of each stage; (): one stage, which has all ranks except for servers.
+        num_servers: number of parameter servers.
+
+    Raises:
+        ValueError: the integers do not describe a rank.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    replicas_per_stage: tuple[int, ...] = ()
+    num_servers: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank={self.rank} is not within world_size={self.world_size}")
+        if not 0 <= self.local_rank < self.local_size <= self.world_size:
+            raise ValueError(
+                f"local_rank={self.local_rank} is not within local_size={self.local_size}, "
+                f"or the host has more ranks than world_size={self.world_size}"
+            )
+        if min(self.stages) < 1 or sum(self.stages) + self.num_servers != self.world_size:
+            raise ValueError(f"{self.stages} replicas and {self.num_servers} servers are not {self.world_size} ranks")
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Number of replicas of each stage."""
+        return self.replicas_per_stage or (self.world_size - self.num_servers,)
+
+    @property
+    def num_stages(self) -> int:
+        """Number of stages."""
+        return len(self.stages)
+
+    @property
+    def is_server(self) -> bool:
+        """Whether this rank is a parameter server; a server gets no examples."""
+        return self.rank < self.num_servers
+
+    @property
+    def stage(self) -> int:
+        """The stage of this rank; 0 for a server."""
+        return next((stage for stage in range(self.num_stages) if self.rank in self.ranks_of_stage(stage)), 0)
+
+    def ranks_of_stage(self, stage: int) -> range:
+        """The ranks of a stage."""
+        first = self.num_servers + sum(self.stages[:stage])
+        return range(first, first + self.stages[stage])
+
+    @property
+    def groups(self) -> list[range]:
+        """Groups of ranks with the same weights: one per stage, or a single one of all ranks if there are servers."""
+        if self.num_servers:
+            return [range(self.world_size)]
+        return [self.ranks_of_stage(stage) for stage in range(self.num_stages)]
+
+    @property
+    def group(self) -> range:
+        """The ranks that have the same weights as this one."""
+        return self.groups[self.stage]
+
+    @property
+    def servers(self) -> range:
+        """The parameter servers."""
+        return range(self.num_servers)
+
+    @property
+    def workers(self) -> range:
+        """The ranks that compute gradients for the servers; without servers, the ranks of stage 0."""
+        return self.ranks_of_stage(0)
+
+    @property
+    def leads_group(self) -> bool:
+        """Whether this is the first of the ranks with the same weights."""
+        return self.rank == self.group[0]
+
+    @property
+    def counts_examples(self) -> bool:
+        """Whether this rank counts its examples: those of stage 0 do, as the other stages see the same examples."""
+        return not self.is_server and self.stage == 0
+
+    @property
+    def num_replicas(self) -> int:
+        """Number of lanes of the global batch; if all stages have equally many replicas, the number of replicas."""
+        return self._layout.num_lanes
+
+    @property
+    def _layout(self) -> Layout:
+        return Layout(self.stages, num_micro_batches=1)
+
+    @property
+    def lanes(self) -> range:
+        """The lanes that this rank handles; empty for a server."""
+        return range(0) if self.is_server else self._layout.lanes_of(self.rank - self.num_servers)
+
+    @property
+    def ranks_of_host(self) -> range:
+        """The ranks on this host, which are consecutive."""
+        first = self.rank - self.local_rank
+        return range(first, first + self.local_size)
+
+    @property
+    def first_ranks_of_hosts(self) -> range:
+        """The first rank of each host, if all hosts have as many ranks as this one."""
+        return range(0, self.world_size, self.local_size)
+
+    def linked(self) -> list[tuple[int, int]]:
+        """The pairs of ranks that exchange activations, the lower rank first."""
+        neighbours = [*itertools.pairwise(range(self.num_stages)), (0, self.num_stages - 1)]
+        rank_of = self._layout.rank_of
+        return sorted(
+            {
+                (rank_of(stage, lane), rank_of(other, lane))
+                for stage, other in neighbours
+                if other > stage
+                for lane in range(self.num_replicas)
+            }
+        )
+
+    def ranks_with_tied_weights(self, stages: Sequence[int]) -> list[int]:
+        """The ranks of the given stages, which share a weight."""
+        return [rank for stage in stages for rank in self.ranks_of_stage(stage)]
+
+    def num_threads(self, num_cores: int) -> int:
+        """This rank's share of the host's cores, at least 1."""
+        return max(1, num_cores // self.local_size)

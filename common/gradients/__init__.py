@@ -1,0 +1,1 @@
+"""The gradient exchange: buckets, compressors, the loss scale."""

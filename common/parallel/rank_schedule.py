@@ -1,0 +1,101 @@
+"""This rank's pipeline schedule: its micro-batches, the order of its actions, and its peers."""
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+from common.config.schema import ParallelConfig, PipelineConfig
+from common.data.sampler import bounds
+from common.distributed.topology import Layout, Topology
+from common.parallel import pipeline_schedule
+from common.parallel.pipeline_schedule import Action, Kind
+
+_FORWARD = (Kind.forward, Kind.send_activation, Kind.receive_activation)
+_MAKES_GRADIENTS = (Kind.backward, Kind.backward_weight)
+
+
+@dataclass(frozen=True)
+class RankSchedule:
+    """This rank's pipeline schedule; with one stage it is gradient accumulation.
+
+    Attributes:
+        schedule: the name of the schedule.
+        parts_per_stage: number of model chunks on each stage.
+        num_micro_batches: number of micro-batches of each lane in a step.
+        topology: the place of this rank.
+    """
+
+    schedule: str
+    parts_per_stage: int
+    num_micro_batches: int
+    topology: Topology
+
+    @classmethod
+    def of(cls, cfg: ParallelConfig, topology: Topology) -> "RankSchedule":
+        """The configured schedule; with one stage, 1F1B, which then is gradient accumulation."""
+        if not isinstance(cfg, PipelineConfig) or topology.num_stages == 1:
+            return cls("1f1b", 1, cfg.num_micro_batches, topology)
+        return cls(cfg.schedule, cfg.parts_per_stage, cfg.num_micro_batches, topology)
+
+    @property
+    def layout(self) -> Layout:
+        """Which rank has which model chunks and micro-batches."""
+        return Layout(self.topology.stages, self.num_micro_batches, self.parts_per_stage)
+
+    def actions(self) -> list[Action]:
+        """This rank's actions in a step, in order; empty for a server."""
+        if self.topology.is_server:
+            return []
+        return _schedules(self.schedule, self.layout)[self.topology.rank - self.topology.num_servers]
+
+    def forward_actions(self) -> list[Action]:
+        """This rank's actions to evaluate a batch, in order."""
+        return [action for action in self.actions() if action.kind in _FORWARD]
+
+    def peer(self, action: Action) -> int:
+        """The rank at the other end of a transfer."""
+        other = action.other_end
+        return self.topology.num_servers + self.layout.rank_of(other.part, other.micro_batch)
+
+    def micro_batches(self, num_examples: int) -> dict[int, slice]:
+        """For each micro-batch id of this rank, the slice of its examples; sizes differ by at most one.
+
+        All ranks that share a lane cut it alike: the sizes follow from the number of examples alone.
+        """
+        lanes = self.topology.lanes
+        parts: dict[int, slice] = {}
+        for lane, (start, stop) in zip(lanes, pairwise(bounds(num_examples, len(lanes))), strict=True):
+            rows = pairwise(bounds(stop - start, self.num_micro_batches))
+            for row, (first, last) in enumerate(rows):
+                parts[row * self.topology.num_replicas + lane] = slice(start + first, start + last)
+        return parts
+
+    def bubbles(self, times: list[list[float]]) -> dict[str, Any]:
+        """The idle fraction of each stage, measured, and the one in theory, with equal costs.
+
+        Args:
+            times: for each rank, the seconds of all its steps and the seconds that it waited in them.
+        """
+        topology = self.topology
+        if topology.num_stages == 1:
+            return {}
+        longest = max(seconds for seconds, _ in times)
+        busy = [
+            sum(times[rank][0] - times[rank][1] for rank in topology.ranks_of_stage(stage)) / topology.stages[stage]
+            for stage in range(topology.num_stages)
+        ]
+        theory = pipeline_schedule.bubble(
+            self.schedule, topology.num_stages, self.num_micro_batches, self.parts_per_stage
+        )
+        return {"bubble_of_stages": [1 - seconds / longest for seconds in busy], "bubble_in_theory": theory}
+
+
+def last_backward(actions: list[Action]) -> int:
+    """The index of the action that finishes the gradients; -1 if there is none."""
+    return max((place for place, action in enumerate(actions) if action.kind in _MAKES_GRADIENTS), default=-1)
+
+
+@cache
+def _schedules(name: str, layout: Layout) -> list[list[Action]]:
+    return pipeline_schedule.make(name, layout)

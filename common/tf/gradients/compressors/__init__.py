@@ -1,0 +1,1 @@
+"""Compression methods, one module each; `compression=<method>` uses the class Compressor of the module."""

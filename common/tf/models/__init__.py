@@ -1,0 +1,1 @@
+"""Layers and models of the recipes. With Keras 3 on TensorFlow."""

@@ -1,0 +1,1 @@
+"""How a model is distributed over ranks: pipelines, parameter servers. With Keras 3 on TensorFlow."""

@@ -1,0 +1,350 @@
+"""Parameter servers: workers push gradients, servers update the weights and send them back.
+
+All weights are treated as one vector, and each server updates one piece of it. Each pair of a worker and a server
+exchanges two messages per step: a GradientPush with the gradients of the piece, and a WeightReply with its new weights.
+Source: Li et al., "Scaling Distributed Machine Learning with the Parameter Server", 2014,
+https://www.usenix.org/system/files/conference/osdi14/osdi14-paper-li_mu.pdf
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any
+
+from common.config.schema import LossyConfig, OnNonfinite, ParameterServerConfig, RunConfig
+from common.distributed.topology import Topology
+from common.errors import ConfigError, TrainingError
+from common.gradients.bucketing import Bucket
+from common.gradients.compression import local_clip_norm
+from common.gradients.loss_scale import LossScale
+from common.gradients.step_metrics import StepMetrics
+from common.parallel.parameter_server import NOT_FINITE, GradientPush, ServerLoop, WeightReply, waits
+from common.tf.distributed import runtime
+from common.tf.distributed.runtime import Optimizer
+from common.tf.gradients import compression, optimizers
+from common.tf.gradients.compression import Codec, Communicator, CompressionGroup, as_bytes, from_bytes
+from common.tf.gradients.gradients import Gradients, all_finite, clip_global_norm, squared_norm
+from common.tf.parallel.sharded import ServedOptimizer
+from common.tf.parallel.stage import Stage
+
+import horovod.tensorflow as hvd
+import numpy as np
+import tensorflow as tf
+
+
+class ServedGradients(Gradients):
+    """The common base of workers and servers; their exchanges must not run in a graph.
+
+    Args:
+        cfg: the configuration.
+        parallel: the configuration of the servers.
+        stage: the whole model, which all ranks have.
+        optimizer: the optimizer of this rank's piece of the weights; on a worker it has no piece.
+    """
+
+    def __init__(
+        self, cfg: RunConfig, parallel: ParameterServerConfig, stage: Stage, optimizer: ServedOptimizer
+    ) -> None:
+        shapes, dtype = [variable.shape for variable in stage.trainable_variables], cfg.precision.dtype.name
+        skips = cfg.train.on_nonfinite is OnNonfinite.skip
+        alone, scale = Topology(0, 1, 0, 1), LossScale.of(cfg.precision)
+        super().__init__(shapes, alone, loss_scale=scale, dtype=dtype, skip_nonfinite=skips)
+        self._topology, self._optimizer, self._transfers = stage.topology, optimizer, stage.transfers
+        self._waits = waits(parallel)
+        self._weights = optimizer.flat
+        zeros = tf.zeros((self._weights.num_rows, self._weights.size), self._weights.dtype)
+        self.buckets = [Bucket(cfg.compression.name, (), self._weights.size) for _ in self._topology.servers]
+        self._code = _Code(cfg, zeros[:1], self._topology.rank)
+        has_feedback = isinstance(cfg.compression, LossyConfig) and cfg.compression.error_feedback
+        self._residual = tf.Variable(zeros, trainable=False) if has_feedback else None
+        is_clipped_before = has_feedback or not self._waits
+        num_workers = len(self._topology.workers)
+        self._local_clip_norm = local_clip_norm(cfg.train.clip_norm, num_workers) if is_clipped_before else 0.0
+
+    def compiled(self, update: Callable[..., StepMetrics]) -> Callable[..., StepMetrics]:
+        """Returns the function unchanged: point-to-point messages would deadlock inside a graph."""
+        return update
+
+    def clip_global_norm(self, gradients: Sequence[tf.Tensor], max_norm: float) -> list[tf.Tensor]:
+        """No-op: servers clip at the update, or workers before the push."""
+        return list(gradients)
+
+    def sync_weights(self) -> None:
+        """Copies the newest weights from the servers to all ranks."""
+        self._optimizer.gather()
+
+    def state(self) -> dict[str, dict[int, tf.Tensor]]:
+        """The residual by index of the variable; 0 on a server."""
+        if self._residual is None:
+            return {}
+        return {"residual": dict(enumerate(self._weights.parts(self._residual)))}
+
+    def load(self, state: Mapping[str, Mapping[int, np.ndarray]]) -> None:
+        """Loads the result of state()."""
+        if self._residual is not None:
+            self._residual.assign(self._weights.rows([array for _, array in sorted(state["residual"].items())]))
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """The residual."""
+        return [] if self._residual is None else [self._residual]
+
+    @property
+    def local_state_fraction(self) -> float:
+        """The fraction of a summed state that this rank gets: equal for all workers, 0 for servers."""
+        return 0.0 if self._topology.is_server else 1 / len(self._topology.workers)
+
+    @property
+    def _num_steps(self) -> int:
+        return int(self.counters[0])
+
+
+class Worker(ServedGradients):
+    """Pushes gradients to the servers, and gets the new weights from them."""
+
+    def __init__(
+        self, cfg: RunConfig, parallel: ParameterServerConfig, stage: Stage, optimizer: ServedOptimizer
+    ) -> None:
+        super().__init__(cfg, parallel, stage, optimizer)
+        self._make_pushes = tf.function(self._pushes)
+        self._take_weights = tf.function(self._take)
+
+    def exchange(
+        self, gradients: Sequence[tf.Tensor], loss: tf.Tensor, stop: tf.Tensor, share: tf.Tensor
+    ) -> tuple[StepMetrics, list[tf.Tensor]]:
+        """Pushes the gradients, and waits until all servers have sent new weights; returns no gradients."""
+        loss_scale = float(self.counters[1])
+        messages, errors = self._make_pushes(gradients, loss, stop, self._code.is_on(self._num_steps))
+        answers = [_unpacked(WeightReply, answer) for answer in self._answers(messages)]
+        self._take_weights([content for _, content in answers])
+        first = answers[0][0]
+        if not self._waits and not math.isfinite(first.loss):
+            raise TrainingError(NOT_FINITE)
+        if self._residual is not None and not first.overflow:
+            self._residual.assign(errors)
+        self._keep_state([], tf.constant(first.overflow > 0))
+        sums = StepMetrics(
+            first.loss,
+            first.stop,
+            0.0,
+            first.overflow,
+            wire_bytes=[len(message) for message in messages],
+            loss_scale=loss_scale,
+            skipped_steps=self.counters[3],
+        )
+        return sums, []
+
+    def sync_weights(self) -> None:
+        """Copies the newest weights from the servers to all ranks."""
+        if not self._waits:
+            nothing = _packed(GradientPush(pauses=1), tf.zeros(self._code.num_bytes(self._num_steps), tf.uint8))
+            for message in self._send_to_servers([nothing for _ in self._topology.servers]):
+                message.result()
+        super().sync_weights()
+
+    def _send_to_servers(self, messages: Sequence[tf.Tensor]) -> "list[Future[tf.Tensor]]":
+        """Starts sending one message to each server."""
+        name = f"push.{{}}.{self._topology.rank}"
+        return [self._transfers.send(name.format(server), message, server) for server, message in enumerate(messages)]
+
+    def _pushes(
+        self, gradients: Sequence[tf.Tensor], loss: tf.Tensor, stop: tf.Tensor, is_coded: bool
+    ) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """One message to each server, and the compression error, which is kept for the next step."""
+        overflow = tf.zeros((), tf.bool)
+        if self._loss_scale.is_dynamic:
+            gradients = [gradient / self.loss_scale for gradient in gradients]
+        if self._seeks_nonfinite:
+            overflow = ~all_finite([loss, *gradients])
+        rows = self._weights.rows(clip_global_norm(gradients, self._local_clip_norm))
+        if self._residual is not None:
+            rows += self._residual
+        codes = self._code.encode(rows, self.counters[0], is_coded)
+        errors = tf.zeros(()) if self._residual is None else rows - self._code.decode(codes, is_coded)
+        push = GradientPush(loss, stop, overflow, self._optimizer.learning_rate)
+        return [_packed(push, code) for code in tf.unstack(codes)], errors
+
+    def _answers(self, messages: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Sends one message to each server; returns their replies."""
+        me, row = self._topology.rank, tf.zeros((1, self._weights.size), self._weights.dtype)
+        like = _packed(WeightReply(0, 0, 0), as_bytes(row)[0])
+        pushes = self._send_to_servers(messages)
+        answers = [self._transfers.receive(f"answer.{server}.{me}", like, server) for server in self._topology.servers]
+        return [message.result() for message in pushes + answers][len(pushes) :]
+
+    def _take(self, contents: Sequence[tf.Tensor]) -> None:
+        """Assigns the weights that the servers have sent."""
+        self._weights.assign(from_bytes(tf.stack(contents), self._weights.dtype))
+
+
+class Server(ServedGradients):
+    """Updates one piece of the weights; takes no part in forward and backward."""
+
+    def __init__(
+        self, cfg: RunConfig, parallel: ParameterServerConfig, stage: Stage, optimizer: ServedOptimizer
+    ) -> None:
+        super().__init__(cfg, parallel, stage, optimizer)
+        if optimizer.piece is None:
+            raise ValueError(f"rank {stage.topology.rank} holds no piece of the weights")
+        self._piece, self._clip_norm = optimizer.piece, cfg.train.clip_norm
+        self._update, self._decode = tf.function(self._piece.step), tf.function(self._code.decode)
+        self._me = self._topology.rank
+        self._service = ServerLoop(cfg, parallel, self._topology, self)
+        self._expected: dict[int, Future[tf.Tensor]] = {}  # by worker, the push that is being received
+        self._leaving: list[Future[tf.Tensor]] = []
+
+    def exchange(
+        self, gradients: Sequence[tf.Tensor], loss: tf.Tensor, stop: tf.Tensor, share: tf.Tensor
+    ) -> tuple[StepMetrics, list[tf.Tensor]]:
+        """Handles pushes until the gradients of all workers for the next step have arrived and were used."""
+        if self._service.clocks.fastest == 0:  # the model may have loaded other weights since the piece was made
+            self._piece.take_weights()
+        sums = self._service.serve(bool(stop), float(self.counters[1]))
+        self._keep_state([], tf.constant(float(sums.overflow) > 0))
+        return sums._replace(skipped_steps=self.counters[3]), []
+
+    def next_push(self) -> tuple[int, GradientPush, tf.Tensor]:
+        """Waits for the next push; returns its worker, its scalars, and its gradients (P,)."""
+        for worker in self._service.pushing:
+            if worker not in self._expected:
+                like = _packed(GradientPush(), tf.zeros(self._code.num_bytes(self._step_of(worker)), tf.uint8))
+                self._expected[worker] = self._transfers.receive(f"push.{self._me}.{worker}", like, worker)
+        wait(self._expected.values(), return_when=FIRST_COMPLETED)
+        worker = next(worker for worker, push in self._expected.items() if push.done())
+        push, content = _unpacked(GradientPush, self._expected.pop(worker).result())
+        return worker, push, self._decode(content[None], self._code.is_on(self._step_of(worker)))[0]
+
+    def send(self, worker: int, answer: WeightReply) -> int:
+        """Starts sending a reply with the current weights; returns its number of bytes."""
+        for left in [message for message in self._leaving if message.done()]:
+            left.result()
+            self._leaving.remove(left)
+        message = _packed(answer, as_bytes(self._piece.values[None])[0])
+        self._leaving.append(self._transfers.send(f"answer.{self._me}.{worker}", message, worker))
+        return len(message)
+
+    def sync_weights(self) -> None:
+        """Copies the newest weights from the servers to all ranks."""
+        self._service.wait_for_pause()
+        super().sync_weights()
+
+    def flush(self) -> None:
+        """Waits until all replies are sent."""
+        for message in self._leaving:
+            message.result()
+
+    def update_at_once(self, gradient: tf.Tensor, lr: float) -> None:
+        """Updates the weights with the gradients (P,) of one worker."""
+        optimizers.set_learning_rate(self._piece.optimizer, lr)
+        self._update(gradient)
+
+    def total(self, gradients: list[tf.Tensor]) -> tuple[tf.Tensor, float]:
+        """The sum of the workers' gradients (P,), and its squared norm."""
+        total = tf.add_n(gradients)
+        return total, float(squared_norm([tf.cast(total, tf.float64)]))
+
+    def update_together(self, total: tf.Tensor, norm: float) -> None:
+        """Updates the weights with the sum of all workers' gradients, clipped by the norm over all servers."""
+        if self._clip_norm and not self._local_clip_norm and norm > self._clip_norm:
+            total *= self._clip_norm / norm
+        self._update(total)
+
+    def sum_over_servers(self, *values: float) -> list[float]:
+        """The sum of each value over the servers."""
+        if len(self._topology.servers) == 1:
+            return list(values)
+        process_set = runtime.process_set(self._topology.servers)
+        sums: list[float] = (
+            hvd.allreduce(tf.constant(values, tf.float64), name="servers", op=hvd.Sum, process_set=process_set)
+            .numpy()
+            .tolist()
+        )
+        return sums
+
+    def _step_of(self, worker: int) -> int:
+        """The number, from 0, of the step of a worker's next push."""
+        clocks = self._service.clocks
+        return self._num_steps + clocks.steps[worker] - clocks.slowest
+
+
+def build_gradients(cfg: RunConfig, stage: Stage, optimizer: Optimizer) -> Gradients:
+    """The gradients of a stage: exchanged with the ranks that have the same weights, or with servers."""
+    if isinstance(optimizer, ServedOptimizer) and isinstance(cfg.parallel, ParameterServerConfig):
+        return (Server if stage.topology.is_server else Worker)(cfg, cfg.parallel, stage, optimizer)
+    return _of_recipe(cfg, stage)
+
+
+def _of_recipe(cfg: RunConfig, stage: Stage) -> Gradients:
+    """The gradients of a stage, summed over the ranks of the stage."""
+    return Gradients(
+        [variable.shape for variable in stage.trainable_variables],
+        stage.topology,
+        cfg.train.measures_noise,
+        cfg.compression,
+        cfg.op,
+        LossScale.of(cfg.precision),
+        cfg.train.clip_norm,
+        cfg.seed,
+        cfg.precision.dtype.name,
+        tied=stage.tied,
+        skip_nonfinite=cfg.train.on_nonfinite is OnNonfinite.skip,
+    )
+
+
+class _Code:
+    """Encodes the gradients of pieces as bytes: uncompressed, or by a compressor from a start step on.
+
+    Args:
+        cfg: the configuration.
+        like: (1, P) a tensor with the shape and dtype of a piece.
+        rank: the rank whose random numbers are used.
+
+    Raises:
+        ConfigError: the compressor is not a Codec.
+    """
+
+    def __init__(self, cfg: RunConfig, like: tf.Tensor, rank: int) -> None:
+        self._like, self._rank, self._codec = like, rank, None
+        self._start = 0
+        if isinstance(cfg.compression, LossyConfig):
+            name, size = cfg.compression.name, like.shape[1]
+            unit = CompressionGroup(0, [(size,)], Communicator("push", hvd.global_process_set), cfg.seed)
+            self._codec = compression.find(name)(cfg.compression, unit)
+            self._start = cfg.compression.start_step - 1
+            if not isinstance(self._codec, Codec):
+                raise ConfigError(
+                    [f"compression={name}: cannot be pushed to a server; one that derives from Codec can"]
+                )
+        self._num_bytes = {is_on: self.encode(like, tf.zeros(()), is_on).shape[1] for is_on in (False, True)}
+
+    def is_on(self, step: int) -> bool:
+        """Whether a step, counted from 0, is compressed."""
+        return self._codec is not None and step >= self._start
+
+    def encode(self, values: tf.Tensor, step: tf.Tensor, is_on: bool) -> tf.Tensor:
+        """The bytes (K, bytes) uint8 of gradients (K, P) in a step."""
+        if self._codec is None or not is_on:
+            return as_bytes(values)
+        return self._codec.encode(values, self._codec.unit.random(step, self._rank + 1))
+
+    def decode(self, codes: tf.Tensor, is_on: bool) -> tf.Tensor:
+        """The gradients (K, P) of these bytes."""
+        if self._codec is None or not is_on:
+            return from_bytes(codes, self._like.dtype)
+        return self._codec.decode(codes, self._like.shape[1])
+
+    def num_bytes(self, step: int) -> int:
+        """Number of bytes of a piece in a step."""
+        return self._num_bytes[self.is_on(step)]
+
+
+def _packed(values: GradientPush | WeightReply, content: tf.Tensor) -> tf.Tensor:
+    """Numbers and bytes as one message."""
+    head = tf.stack([tf.cast(value, tf.float64) for value in values])
+    return tf.concat([as_bytes(head[None])[0], content], 0)
+
+
+def _unpacked(form: Any, message: tf.Tensor) -> tuple[Any, tf.Tensor]:
+    """The numbers and bytes that were given to _packed()."""
+    head = 8 * len(form._fields)
+    return form(*from_bytes(message[None, :head], tf.float64)[0].numpy().tolist()), message[head:]

@@ -1,0 +1,239 @@
+"""The layers of a rank: the whole model, or one stage of a pipeline."""
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from common.config.schema import PipelineConfig, PrecisionConfig, RunConfig, StageBalance
+from common.data.datasets.examples import Examples
+from common.distributed.timing import median_seconds
+from common.distributed.topology import Topology
+from common.parallel import model_parts
+from common.parallel.rank_schedule import RankSchedule
+from common.tf.distributed import runtime
+from common.tf.distributed.transfers import Transfers
+from common.tf.models.mixed_precision import build_model
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras.src.backend.common import global_state
+
+
+class Stage:
+    """The layers of one rank, by their numbers in the whole model.
+
+    Args:
+        layers: the layers of the whole model, which must have been called.
+        ranges: for each model chunk, the numbers of its layers.
+        precision: the dtypes.
+        rank_schedule: this rank's pipeline schedule.
+
+    Attributes:
+        layers: the layers of the whole model; weights of other stages have no values.
+        parts: this rank's model chunks by number; each has consecutive layers.
+        num_parts: number of chunks of the whole model.
+        shapes: for each chunk of the whole model, the output shape of one example.
+        dtype: the dtype of the chunks' outputs.
+        trainable_variables: the trainable variables of this rank's layers.
+        tied: for each variable that is shared with other stages: its number, and all ranks that have it.
+        rank_schedule: this rank's pipeline schedule.
+        topology: the place of this rank.
+        transfers: sends and receives messages of ranks with other stages.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[keras.Layer],
+        ranges: Sequence[range],
+        precision: PrecisionConfig,
+        rank_schedule: RankSchedule,
+    ) -> None:
+        topology = rank_schedule.topology
+        self.layers, self.num_parts, self.topology, self.rank_schedule = (
+            list(layers),
+            len(ranges),
+            topology,
+            rank_schedule,
+        )
+        self.dtype: str = precision.dtype.name
+        self.parts: dict[int, keras.Model] = {
+            number: _part([layers[place] for place in ranges[number]], number, precision)
+            for number in range(topology.stage, len(ranges), topology.num_stages)
+        }
+        self.shapes = [tuple(layers[of_part[-1]].output.shape[1:]) for of_part in ranges]
+        self.trainable_variables = _distinct(part.trainable_variables for part in self.parts.values())
+        holders: dict[int, dict[int, None]] = {}
+        for part, of_part in enumerate(ranges):
+            for variable in _distinct(layers[place].trainable_variables for place in of_part):
+                holders.setdefault(id(variable), {})[part % topology.num_stages] = None
+        self.tied = [
+            (number, topology.ranks_with_tied_weights(list(holders[id(variable)])))
+            for number, variable in enumerate(self.trainable_variables)
+            if len(holders[id(variable)]) > 1
+        ]
+        self.transfers = Transfers(topology.rank)
+        self._compiled: dict[Hashable, Any] = {}
+        self._times = [0.0, 0.0]
+
+    def __call__(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """The outputs of a model that is not cut."""
+        (part,) = self.parts.values()
+        return part(inputs, training=training)
+
+    @property
+    def weights(self) -> list[keras.Variable]:
+        """All weights of this rank's layers, trainable or not."""
+        return _distinct(part.weights for part in self.parts.values())
+
+    @property
+    def non_trainable_variables(self) -> list[keras.Variable]:
+        """The non-trainable variables of this rank's layers, such as the state of dropout."""
+        return _distinct(part.non_trainable_variables for part in self.parts.values())
+
+    def compiled_part(self, number: int, training: bool) -> Callable[[tf.Tensor], tf.Tensor]:
+        """The compiled forward pass of a model chunk, for any number of examples."""
+        part = self.parts[number]
+        (inputs,) = part.inputs
+        signature = [tf.TensorSpec(inputs.shape, inputs.dtype)]
+        return self._compiled_once((number, training), partial(part, training=training), input_signature=signature)
+
+    def compiled_loss(
+        self, loss_sum: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+    ) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
+        """The compiled forward pass of the last chunk and the loss: (inputs, targets) -> sum of the losses."""
+
+        def forward(inputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+            return loss_sum(self.parts[self.num_parts - 1](inputs, training=True), targets)
+
+        return self._compiled_once(loss_sum, forward, reduce_retracing=True)
+
+    def _compiled_once(self, key: Hashable, function: Callable[..., tf.Tensor], **options: Any) -> Any:
+        if key not in self._compiled:
+            self._compiled[key] = tf.function(function, **options)
+        return self._compiled[key]
+
+    def add_times(self, seconds: float, waited: float) -> None:
+        """Adds the seconds of a step on this rank, and the seconds that it waited for other ranks."""
+        self._times = [self._times[0] + seconds, self._times[1] + waited]
+
+    def bubbles(self) -> dict[str, Any]:
+        """The idle fraction of each stage, for the summary; all ranks must call it."""
+        return self.rank_schedule.bubbles(runtime.allgather_object(self._times))
+
+
+def build_stage(layers: Sequence[keras.Layer], cfg: RunConfig, topology: Topology, examples: Examples) -> Stage:
+    """Cuts a model and initialises the weights of this rank's layers; all ranks must call it, with equal seeds.
+
+    Args:
+        layers: the layers of the whole model, in order.
+        cfg: the configuration.
+        topology: the place of this rank.
+        examples: a dataset; one example is passed through the layers if costs must be measured.
+
+    Raises:
+        ConfigError: the model cannot be cut as configured.
+    """
+    inputs = runtime.to_tensor(examples.take(np.arange(1))[0], cfg.precision)
+    declare(layers, inputs)
+    numels = [layer.count_params() for layer in layers]
+    costs: Sequence[float] = numels
+    if isinstance(cfg.parallel, PipelineConfig) and cfg.parallel.balance is not StageBalance.parameters:
+        is_flops = cfg.parallel.balance is StageBalance.flops
+        costs = runtime.broadcast_object(measured_costs(layers, inputs, _flops if is_flops else _seconds))
+    ranges = model_parts.cut(cfg.parallel, topology.num_stages, numels, costs)
+    return Stage(layers, ranges, cfg.precision, RankSchedule.of(cfg.parallel, topology))
+
+
+def declare(layers: Sequence[keras.Layer], inputs: tf.Tensor) -> None:
+    """Builds the layers on symbolic inputs: afterwards their weights have shapes, but no values and no memory.
+
+    Keras keeps a list of such weights to initialise them later; the list is cleared. Its name is that of Keras 3.15.
+    """
+    with keras.StatelessScope(initialize_variables=False):
+        outputs = keras.Input(inputs.shape[1:], dtype=inputs.dtype)
+        for layer in layers:
+            outputs = layer(outputs)
+    global_state.set_global_attribute("uninitialized_variables", [])
+
+
+def _part(layers: Sequence[keras.Layer], number: int, precision: PrecisionConfig) -> keras.Model:
+    """A model chunk of consecutive layers; initialises their weights as in the whole model.
+
+    An initializer draws its seed when its layer is created, so the weights do not depend on the cut.
+    """
+    for layer in layers:
+        for variable in layer.weights:
+            if variable._value is None:
+                variable._deferred_initialize()
+    first = layers[0].input
+    inputs = keras.Input(first.shape[1:], dtype=precision.dtype.name if number else first.dtype)
+    return build_model(inputs, layers, precision)
+
+
+def _distinct(groups: Iterable[Sequence[keras.Variable]]) -> list[keras.Variable]:
+    """The variables of all groups, without duplicates."""
+    return list({id(variable): variable for group in groups for variable in group}.values())
+
+
+def measured_costs(
+    layers: Sequence[keras.Layer], inputs: tf.Tensor, measure: Callable[[keras.Layer, tf.Tensor], float]
+) -> list[float]:
+    """The cost of each layer; inputs are those of the first layer."""
+    costs = []
+    for layer in layers:
+        costs.append(measure(layer, inputs))
+        inputs = _outputs(layer, inputs, _values(layer))
+    return costs
+
+
+def _values(layer: keras.Layer) -> list[tf.Tensor]:
+    """The values of the layer's trainable weights; if it has none yet, new values that it does not keep."""
+    return [tf.convert_to_tensor(variable.value) for variable in layer.trainable_variables]
+
+
+def _outputs(layer: keras.Layer, inputs: tf.Tensor, weights: Sequence[tf.Tensor]) -> tf.Tensor:
+    others = [variable.value for variable in layer.non_trainable_variables]
+    return layer.stateless_call(weights, others, inputs)[0]
+
+
+def _flops(layer: keras.Layer, inputs: tf.Tensor) -> float:
+    """Floating-point operations of the matrix products and convolutions in forward."""
+    forward = tf.function(partial(_outputs, layer)).get_concrete_function(inputs, _values(layer))
+    return float(sum(flops_of_product(operation) for operation in forward.graph.get_operations()))
+
+
+def flops_of_product(operation: tf.Operation) -> int:
+    """Floating-point operations of a product: two for each multiplied pair of values; 0 for other operations."""
+    if operation.type in ("MatMul", "BatchMatMulV2"):
+        is_transposed = operation.get_attr("transpose_a" if operation.type == "MatMul" else "adj_x")
+        depth = operation.inputs[0].shape[-2 if is_transposed else -1]
+    elif operation.type == "Conv2D":
+        depth = operation.inputs[1].shape[:-1].num_elements()
+    elif operation.type == "Einsum":
+        labels, _, left = operation.get_attr("equation").decode().partition("->")
+        sizes = {
+            label: size
+            for own, each in zip(labels.split(","), operation.inputs, strict=True)
+            for label, size in zip(own, each.shape, strict=True)
+        }
+        depth = math.prod(size for label, size in sizes.items() if label not in left)
+    else:
+        return 0
+    return int(2 * depth * operation.outputs[0].shape.num_elements())
+
+
+def _seconds(layer: keras.Layer, inputs: tf.Tensor) -> float:
+    """Seconds of forward and backward."""
+    weights = _values(layer)
+    ends = [inputs, *weights] if inputs.dtype.is_floating else weights
+
+    @tf.function
+    def step() -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            tape.watch(ends)
+            outputs = _outputs(layer, inputs, weights)
+        return tape.gradient(outputs, ends)
+
+    return median_seconds(step)

@@ -1,0 +1,209 @@
+"""The state of a Keras model and its optimizer for a checkpoint, in PyTorch's names and layouts."""
+
+from collections.abc import Mapping, Sequence
+
+from common.distributed.array_exchange import Arrays
+from common.gradients.compression import RANK_LOCAL_STATE
+from common.tf.distributed import runtime
+from common.tf.gradients import optimizers
+from common.tf.gradients.gradients import Gradients
+from common.tf.parallel.sharded import ShardedOptimizer
+from common.tf.parallel.stage import Stage
+from common.training.checkpoint import check_names_and_shapes, of_all_stages, of_this_stage
+
+import horovod.tensorflow as hvd
+import keras
+import numpy as np
+import tensorflow as tf
+
+_LEAVES = {"kernel": "weight", "gamma": "weight", "embeddings": "weight", "beta": "bias"}  # Keras' -> PyTorch's
+# The output axis of a kernel is the last in Keras, the first in PyTorch: number of dimensions -> transposition.
+_AXES = {2: (1, 0), 4: (3, 2, 0, 1)}
+
+
+class State:
+    """The state of a model, its optimizer and its gradients: the State of common/training/checkpoint.py."""
+
+    def __init__(self, stage: Stage, optimizer: keras.Optimizer | ShardedOptimizer, gradients: Gradients) -> None:
+        self._stage, self._optimizer, self._gradients = stage, optimizer, gradients
+
+    def weights(self) -> Arrays:
+        """The weights by name; names of layer i of the model begin with "i."."""
+        self._gradients.sync_weights()
+        weights = _copies(self._stage, self._stage.trainable_variables)
+        return of_all_stages(weights, self._stage.topology, runtime.exchange_arrays)
+
+    def optimizer_state(self) -> Arrays:
+        """The optimizer's state by name, on rank 0."""
+        return of_all_stages(self._moments(), self._stage.topology, runtime.exchange_arrays)
+
+    def gradients(self) -> Arrays:
+        """The state of compressors and the loss scale, on rank 0; rank-local states as sums over the ranks."""
+        state = self._gradients.state()
+        kept = {(kind, index): tensor for kind, tensors in state.items() for index, tensor in tensors.items()}
+        summed = {place: tensor for place, tensor in kept.items() if place[0] in RANK_LOCAL_STATE}
+        if summed:
+            process_set = runtime.process_set(self._stage.topology.group)
+            flat = tf.concat([tf.reshape(tensor, [-1]) for tensor in summed.values()], axis=0)
+            flat = hvd.allreduce(flat, name="state.summed", op=hvd.Sum, process_set=process_set)
+            parts = tf.split(flat, [tensor.shape.num_elements() for tensor in summed.values()])
+            kept |= {place: tf.reshape(part, kept[place].shape) for place, part in zip(summed, parts, strict=True)}
+        arrays = {"counters": self._gradients.counters.numpy()}
+        for (kind, index), tensor in kept.items():
+            name, axes = self._place(kind, index)
+            arrays[f"{name}.{kind}"] = np.ascontiguousarray(tensor.numpy().transpose(axes))
+        return of_all_stages(arrays, self._stage.topology, runtime.exchange_arrays)
+
+    def load(self, new_weights: Arrays, new_moments: Arrays, new_gradients: Arrays) -> None:
+        """Loads weights and the state of the optimizer; states of the gradients only where their shapes match.
+
+        Raises:
+            ConfigError: the arrays belong to another model.
+        """
+        everyones_names = runtime.allgather_object(names(self._stage))
+        new_weights, new_moments, new_gradients = (
+            of_this_stage(arrays, everyones_names, self._stage.topology, runtime.exchange_arrays)
+            for arrays in (new_weights, new_moments, new_gradients)
+        )
+        num_updates = int(new_moments.get("num_updates", 0))
+        if isinstance(self._optimizer, ShardedOptimizer):
+            with runtime.raise_on_all_ranks():
+                optimizer_state = self._in_order(new_moments)
+            self._optimizer.load_optimizer_state(optimizer_state, num_updates)
+        if not self._stage.topology.leads_group:
+            return
+        load_weights(self._stage, new_weights)
+        self._load_gradients(new_gradients)
+        if not new_moments or isinstance(self._optimizer, ShardedOptimizer):
+            return
+        self._optimizer.iterations.assign(num_updates)
+        for moment, values in self._in_order(new_moments).items():
+            for variable, value in zip(optimizers.optimizer_state(self._optimizer)[moment], values, strict=True):
+                variable.assign(value)
+
+    def broadcast(self) -> None:
+        """Copies the state from the first rank of each stage to its other ranks; splits sums of rank-local states."""
+        kept = [*self._gradients.variables, self._gradients.counters]
+        runtime.broadcast_state(self._stage, self._optimizer, kept, self._stage.topology.group)
+        share = self._gradients.local_state_fraction
+        self._gradients.load(
+            {
+                kind: {
+                    index: tensor.numpy() * (share if kind in RANK_LOCAL_STATE else 1)
+                    for index, tensor in by_index.items()
+                }
+                for kind, by_index in self._gradients.state().items()
+            }
+        )
+
+    def _moments(self) -> dict[str, np.ndarray]:
+        """The optimizer's state for this rank's layers; that of a sharded optimizer is only on rank 0."""
+        is_sharded, inner = isinstance(self._optimizer, ShardedOptimizer), _inner(self._optimizer)
+        arrays = {
+            f"{name}.{moment}": array
+            for moment, tensors in (
+                self._optimizer.optimizer_state() if is_sharded else optimizers.optimizer_state(inner)
+            ).items()
+            for name, array in _copies(self._stage, tensors).items()
+        }
+        if isinstance(inner, optimizers.AdamW):
+            arrays["num_updates"] = np.array(inner.iterations.numpy(), np.float32)
+        return arrays
+
+    def _in_order(self, arrays: Arrays) -> dict[str, list[np.ndarray]]:
+        """The optimizer's state of a checkpoint, in the order and the layout of the variables; {} for {}.
+
+        Raises:
+            ConfigError: the state belongs to another model.
+        """
+        left = {name: array for name, array in arrays.items() if name != "num_updates"}
+        if not left:
+            return {}
+        of_weights = _copies(self._stage, self._stage.trainable_variables)
+        optimizer_state = list(optimizers.optimizer_state(_inner(self._optimizer)))
+        wanted = {f"{name}.{moment}": array.shape for moment in optimizer_state for name, array in of_weights.items()}
+        check_names_and_shapes(wanted, left)
+        return {
+            moment: _in_layout(self._stage, [left[f"{name}.{moment}"] for name in of_weights])
+            for moment in optimizer_state
+        }
+
+    def _load_gradients(self, arrays: Mapping[str, np.ndarray]) -> None:
+        state = {}
+        for kind, by_index in self._gradients.state().items():
+            state[kind] = {index: tensor.numpy() for index, tensor in by_index.items()}
+            for index, array in state[kind].items():
+                name, axes = self._place(kind, index)
+                new = arrays.get(f"{name}.{kind}")
+                if new is not None and new.transpose(np.argsort(axes)).shape == array.shape:
+                    state[kind][index] = new.transpose(np.argsort(axes))
+        self._gradients.load(state)
+        self._gradients.set_counters(*arrays["counters"])
+
+    def _place(self, kind: str, index: int) -> tuple[str, tuple[int, ...]]:
+        """The name of a variable, and the transposition of its state to PyTorch's layout."""
+        variable, is_factor = self._stage.trainable_variables[index], kind == "factor"
+        axes = None if is_factor else _axes(variable)
+        return names(self._stage)[index], axes or tuple(range(2 if is_factor else len(variable.shape)))
+
+
+def load_weights(model: keras.Model, arrays: Mapping[str, np.ndarray]) -> None:
+    """Loads the weights of a checkpoint into a model.
+
+    Raises:
+        ConfigError: the weights belong to another model.
+    """
+    _load(model, model.trainable_variables, arrays)
+
+
+def names(model: keras.Model) -> list[str]:
+    """The names of the trainable variables in a checkpoint: number of the layer, sublayers, weight or bias.
+
+    A variable that several layers share has its name in the first of them.
+    """
+    by_variable: dict[int, str] = {}
+    for number, layer in enumerate(model.layers):
+        for variable in layer.trainable_variables:
+            if id(variable) not in by_variable:
+                path = variable.path.split("/")
+                *inner, leaf = path[path.index(layer.name) + 1 :]
+                by_variable[id(variable)] = ".".join([str(number), *inner, _LEAVES.get(leaf, leaf)])
+    return [by_variable[id(variable)] for variable in model.trainable_variables]
+
+
+def _load(model: keras.Model, variables: Sequence[keras.Variable], arrays: Mapping[str, np.ndarray]) -> None:
+    """Loads arrays into variables that have the order and layout of the trainable ones."""
+    check_names_and_shapes({name: array.shape for name, array in _copies(model, variables).items()}, arrays)
+    values = _in_layout(model, [arrays[name] for name in names(model)])
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
+def _in_layout(model: keras.Model, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Converts arrays from PyTorch's layout to that of the trainable variables, whose order they have."""
+    axes = map(_axes, model.trainable_variables)
+    return [
+        array if order is None else array.transpose(np.argsort(order))
+        for array, order in zip(arrays, axes, strict=True)
+    ]
+
+
+def _inner(optimizer: keras.Optimizer | ShardedOptimizer) -> keras.Optimizer | None:
+    """Keras' optimizer; for a sharded optimizer, that of this rank's piece, or None."""
+    if isinstance(optimizer, ShardedOptimizer):
+        return optimizer.piece and optimizer.piece.optimizer
+    return optimizer
+
+
+def _copies(model: keras.Model, variables: Sequence[keras.Variable]) -> dict[str, np.ndarray]:
+    """Copies variables, in the order and layout of the trainable ones, to arrays in PyTorch's layout."""
+    arrays = {}
+    for name, trained, variable in zip(names(model), model.trainable_variables, variables, strict=True):
+        axes = _axes(trained)
+        array = variable.numpy()
+        arrays[name] = np.ascontiguousarray(array if axes is None else array.transpose(axes))
+    return arrays
+
+
+def _axes(variable: keras.Variable) -> tuple[int, ...] | None:
+    return _AXES.get(len(variable.shape)) if variable.path.endswith("/kernel") else None

@@ -1,1 +1,0 @@
-"""Compression methods, one module each; `compression=<method>` takes the class Compressor of the module."""

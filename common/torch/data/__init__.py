@@ -1,0 +1,1 @@
+"""Data loading for user-written training loops. With PyTorch."""

@@ -1,0 +1,332 @@
+"""Parameter servers: workers push gradients, servers update the weights and send them back.
+
+All weights are treated as one vector, and each server updates one piece of it. Each pair of a worker and a server
+exchanges two messages per step: a GradientPush with the gradients of the piece, and a WeightReply with its new weights.
+Source: Li et al., "Scaling Distributed Machine Learning with the Parameter Server", 2014,
+https://www.usenix.org/system/files/conference/osdi14/osdi14-paper-li_mu.pdf
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from common.config.schema import LossyConfig, OnNonfinite, ParameterServerConfig, RunConfig
+from common.distributed.topology import Topology
+from common.errors import ConfigError, TrainingError
+from common.gradients.bucketing import Bucket
+from common.gradients.compression import local_clip_norm
+from common.gradients.loss_scale import LossScale
+from common.gradients.step_metrics import StepMetrics
+from common.parallel.parameter_server import NOT_FINITE, GradientPush, ServerLoop, WeightReply, waits
+from common.torch.distributed import runtime
+from common.torch.distributed.runtime import Optimizer
+from common.torch.gradients import compression, optimizers
+from common.torch.gradients.compression import Codec, Communicator, CompressionGroup
+from common.torch.gradients.gradients import Gradients
+from common.torch.gradients.norms import norm
+from common.torch.parallel.sharded import ServedOptimizer
+from common.torch.parallel.stage import Stage
+from common.training import preemption
+
+import horovod.torch as hvd
+import torch
+from torch import Tensor
+
+SECONDS_BETWEEN_LOOKS = 0.0002
+
+
+class ServedGradients(Gradients):
+    """The common base of workers and servers.
+
+    Args:
+        cfg: the configuration.
+        parallel: the configuration of the servers.
+        stage: the whole model, which all ranks have.
+        optimizer: the optimizer of this rank's piece of the weights; on a worker it has no piece.
+    """
+
+    def __init__(
+        self, cfg: RunConfig, parallel: ParameterServerConfig, stage: Stage, optimizer: ServedOptimizer
+    ) -> None:
+        skips = cfg.train.on_nonfinite is OnNonfinite.skip
+        alone, scale = Topology(0, 1, 0, 1), LossScale.of(cfg.precision)
+        super().__init__(stage.named_parameters(), alone, loss_scale=scale, skip_nonfinite=skips)
+        self._topology, self._optimizer = stage.topology, optimizer
+        self._waits = waits(parallel)
+        self._rows = optimizer.flat.rows
+        self.buckets = [Bucket(cfg.compression.name, (), len(row)) for row in self._rows]
+        self._code = _Code(cfg, self._rows[:1], self._topology.rank)
+        has_feedback = isinstance(cfg.compression, LossyConfig) and cfg.compression.error_feedback
+        self._residual = torch.zeros_like(self._rows) if has_feedback else None
+        self._names = [name for name, _ in stage.named_parameters()]
+        is_clipped_before = has_feedback or not self._waits
+        num_workers = len(self._topology.workers)
+        self._local_clip_norm = local_clip_norm(cfg.train.clip_norm, num_workers) if is_clipped_before else 0.0
+
+    def clip_global_norm(self, max_norm: float) -> None:
+        """No-op: servers clip at the update, or workers before the push."""
+
+    def sync_weights(self) -> None:
+        """Copies the newest weights from the servers to all ranks."""
+        self._optimizer.gather()
+
+    def state(self) -> dict[str, dict[int, Tensor]]:
+        """The residual by index of the parameter; 0 on a server."""
+        if self._residual is None:
+            return {}
+        views = self._optimizer.flat.views(self._residual)
+        return {"residual": {index: views[name] for index, name in enumerate(self._names)}}
+
+    @property
+    def local_state_fraction(self) -> float:
+        """The fraction of a summed state that this rank gets: equal for all workers, 0 for servers."""
+        return 0.0 if self._topology.is_server else 1 / len(self._topology.workers)
+
+    def _transfer(self, what: str, server: int, worker: int, root: int, message: Tensor) -> int:
+        """Starts a transfer of bytes between a server and a worker."""
+        process_set = runtime.process_set((server, worker))
+        handle: int = hvd.broadcast_async_(message, root, name=f"{what}.{server}.{worker}", process_set=process_set)
+        return handle
+
+
+class Worker(ServedGradients):
+    """Pushes gradients to the servers, and gets the new weights from them."""
+
+    def __init__(
+        self, cfg: RunConfig, parallel: ParameterServerConfig, stage: Stage, optimizer: ServedOptimizer
+    ) -> None:
+        super().__init__(cfg, parallel, stage, optimizer)
+        self._left: dict[int, Tensor] = {}  # by server, the compression error of this step
+
+    def synchronize(self) -> StepMetrics:
+        """Pushes the gradients, and waits until all servers have sent new weights."""
+        overflow, loss_scale = float(self._riders[3]), self.loss_scale.value
+        if self._seeks_nonfinite:
+            overflow += float(self._unscaled_alone())
+        if self._local_clip_norm:
+            self._clip(self._local_clip_norm, norm(self._all_values()))
+        push = GradientPush(
+            float(self._riders[0]), float(self._riders[1]), overflow, self._optimizer.param_groups[0]["lr"]
+        )
+        me, servers = self._topology.rank, self._topology.servers
+        messages = [_packed(push, self._encoded(row)) for row in servers]
+        answers = [torch.empty(_size(WeightReply, row.nbytes), dtype=torch.uint8) for row in self._rows]
+        handles = self._send_to_servers(messages)
+        handles += [self._transfer("answer", server, me, server, answers[server]) for server in servers]
+        for handle in handles:
+            hvd.synchronize(handle)
+        for row, answer in zip(self._rows, answers, strict=True):
+            row.copy_(_unpacked(WeightReply, answer)[1].view(row.dtype))
+        first = _unpacked(WeightReply, answers[0])[0]
+        if not self._waits and not math.isfinite(first.loss):
+            raise TrainingError(NOT_FINITE)
+        if self._seeks_nonfinite:
+            self.loss_scale.update(first.overflow > 0)
+        if self._residual is not None and not first.overflow:  # a skipped step does not change the residual
+            for server, left in self._left.items():
+                self._residual[server] = left
+        self.num_steps += 1
+        return StepMetrics(
+            first.loss,
+            first.stop,
+            0.0,
+            first.overflow,
+            wire_bytes=[len(message) for message in messages],
+            loss_scale=loss_scale,
+            skipped_steps=self.loss_scale.skipped_steps,
+        )
+
+    def sync_weights(self) -> None:
+        """Copies the newest weights from the servers to all ranks."""
+        if not self._waits:
+            nothing = torch.zeros(self._code.num_bytes(self.num_steps), dtype=torch.uint8)
+            for handle in self._send_to_servers(
+                [_packed(GradientPush(pauses=1), nothing) for _ in self._topology.servers]
+            ):
+                hvd.synchronize(handle)
+        super().sync_weights()
+
+    def _send_to_servers(self, messages: Sequence[Tensor]) -> list[int]:
+        """Starts sending one message to each server."""
+        me = self._topology.rank
+        return [self._transfer("push", server, me, me, message) for server, message in enumerate(messages)]
+
+    def _encoded(self, server: int) -> Tensor:
+        """The bytes of the gradients for a server's piece; the compression error is kept for the next step."""
+        values = self._optimizer.flat.gradients(server)[None]
+        if self._residual is not None:
+            values += self._residual[server]
+        content = self._code.encode(values, self.num_steps)
+        if self._residual is not None:
+            self._left[server] = values[0] - self._code.decode(content, self.num_steps)
+        return content
+
+
+class Server(ServedGradients):
+    """Updates one piece of the weights; takes no part in forward and backward."""
+
+    def __init__(
+        self, cfg: RunConfig, parallel: ParameterServerConfig, stage: Stage, optimizer: ServedOptimizer
+    ) -> None:
+        super().__init__(cfg, parallel, stage, optimizer)
+        if optimizer.piece is None:
+            raise ValueError(f"rank {stage.topology.rank} holds no piece of the weights")
+        self._piece, self._clip_norm = optimizer.piece, cfg.train.clip_norm
+        self._me, self._row = self._topology.rank, self._rows[self._topology.rank]
+        self._service = ServerLoop(cfg, parallel, self._topology, self)
+        self._expected: dict[int, tuple[int, Tensor]] = {}  # by worker, the push that is being received
+        self._leaving: list[tuple[int, Tensor]] = []
+
+    def synchronize(self) -> StepMetrics:
+        """Handles pushes until the gradients of all workers for the next step have arrived and were used."""
+        sums = self._service.serve(preemption.requested(), self.loss_scale.value)
+        if self._seeks_nonfinite:
+            self.loss_scale.update(float(sums.overflow) > 0)
+        self.num_steps += 1
+        return sums._replace(skipped_steps=self.loss_scale.skipped_steps)
+
+    def next_push(self) -> tuple[int, GradientPush, Tensor]:
+        """Waits for the next push; returns its worker, its scalars, and its gradients (P,)."""
+        for worker in self._service.pushing:
+            if worker not in self._expected:
+                message = torch.empty(
+                    _size(GradientPush, self._code.num_bytes(self._step_of(worker))), dtype=torch.uint8
+                )
+                self._expected[worker] = self._transfer("push", self._me, worker, worker, message), message
+        while True:
+            for worker, (handle, message) in self._expected.items():
+                if hvd.poll(handle):
+                    hvd.synchronize(handle)
+                    del self._expected[worker]
+                    push, content = _unpacked(GradientPush, message)
+                    return worker, push, self._code.decode(content, self._step_of(worker))
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def send(self, worker: int, answer: WeightReply) -> int:
+        """Starts sending a reply with the current weights; returns its number of bytes."""
+        self._leaving = runtime.under_way(self._leaving)
+        message = _packed(answer, self._row.view(torch.uint8))
+        self._leaving.append((self._transfer("answer", self._me, worker, self._me, message), message))
+        return len(message)
+
+    def sync_weights(self) -> None:
+        """Copies the newest weights from the servers to all ranks."""
+        self._service.wait_for_pause()
+        super().sync_weights()
+
+    def flush(self) -> None:
+        """Waits until all replies are sent."""
+        for handle, _ in self._leaving:
+            hvd.synchronize(handle)
+
+    def update_at_once(self, gradient: Tensor, lr: float) -> None:
+        """Updates the weights with the gradients (P,) of one worker."""
+        optimizers.set_learning_rate(self._piece.optimizer, lr)
+        self._piece.step(gradient)
+
+    def total(self, gradients: list[Tensor]) -> tuple[Tensor, float]:
+        """The sum of the workers' gradients (P,), and its squared norm."""
+        total = torch.stack(gradients).sum(0)
+        return total, float(total.double().square().sum())
+
+    def update_together(self, total: Tensor, norm: float) -> None:
+        """Updates the weights with the sum of all workers' gradients, clipped by the norm over all servers."""
+        if self._clip_norm and not self._local_clip_norm and norm > self._clip_norm:
+            total *= self._clip_norm / norm
+        self._piece.step(total)
+
+    def sum_over_servers(self, *values: float) -> list[float]:
+        """The sum of each value over the servers."""
+        if len(self._topology.servers) == 1:
+            return list(values)
+        process_set = runtime.process_set(self._topology.servers)
+        sums = torch.tensor(values, dtype=torch.float64)
+        return hvd.allreduce(sums, name="servers", op=hvd.Sum, process_set=process_set).tolist()
+
+    def _step_of(self, worker: int) -> int:
+        """The number, from 0, of the step of a worker's next push."""
+        clocks = self._service.clocks
+        return self.num_steps + clocks.steps[worker] - clocks.slowest
+
+
+def build_gradients(cfg: RunConfig, stage: Stage, optimizer: Optimizer) -> Gradients:
+    """The gradients of a stage: exchanged with the ranks that have the same weights, or with servers."""
+    if isinstance(optimizer, ServedOptimizer) and isinstance(cfg.parallel, ParameterServerConfig):
+        return (Server if stage.topology.is_server else Worker)(cfg, cfg.parallel, stage, optimizer)
+    return _of_recipe(cfg, stage)
+
+
+def _of_recipe(cfg: RunConfig, stage: Stage) -> Gradients:
+    """The gradients of a stage, summed over the ranks of the stage."""
+    return Gradients(
+        stage.named_parameters(),
+        stage.topology,
+        cfg.train.measures_noise,
+        cfg.compression,
+        cfg.op,
+        LossScale.of(cfg.precision),
+        cfg.train.clip_norm,
+        cfg.seed,
+        tied=stage.tied,
+        skip_nonfinite=cfg.train.on_nonfinite is OnNonfinite.skip,
+    )
+
+
+class _Code:
+    """Encodes the gradients of a piece as bytes: uncompressed, or by a compressor from a start step on.
+
+    Args:
+        cfg: the configuration.
+        like: (1, P) a tensor with the shape and dtype of a piece.
+        rank: the rank whose random numbers are used.
+
+    Raises:
+        ConfigError: the compressor is not a Codec.
+    """
+
+    def __init__(self, cfg: RunConfig, like: Tensor, rank: int) -> None:
+        self._like, self._rank, self._codec = like, rank, None
+        self._start, self._code_bytes = 0, like.nbytes
+        if isinstance(cfg.compression, LossyConfig):
+            name, size = cfg.compression.name, like.shape[1]
+            unit = CompressionGroup(0, [(size,)], Communicator("push", hvd.global_process_set), cfg.seed, like.device)
+            self._codec = compression.find(name)(cfg.compression, unit)
+            self._start = cfg.compression.start_step - 1
+            if not isinstance(self._codec, Codec):
+                raise ConfigError(
+                    [f"compression={name}: cannot be pushed to a server; one that derives from Codec can"]
+                )
+            self._code_bytes = len(self.encode(like, self._start))
+
+    def encode(self, values: Tensor, step: int) -> Tensor:
+        """The bytes of gradients (1, P) in a step, counted from 0."""
+        if self._codec is None or step < self._start:
+            return values.view(torch.uint8).flatten()
+        return self._codec.encode(values, self._codec.unit.random(step, self._rank + 1)).flatten()
+
+    def decode(self, content: Tensor, step: int) -> Tensor:
+        """The gradients (P,) of these bytes."""
+        content = content.to(self._like.device)
+        if self._codec is None or step < self._start:
+            return content.view(self._like.dtype)
+        return self._codec.decode(content[None], self._like.shape[1])[0]
+
+    def num_bytes(self, step: int) -> int:
+        """Number of bytes of a piece in a step."""
+        return self._like.nbytes if step < self._start else self._code_bytes
+
+
+def _size(form: type[GradientPush] | type[WeightReply], num_bytes: int) -> int:
+    return 8 * len(form._fields) + num_bytes
+
+
+def _packed(values: GradientPush | WeightReply, content: Tensor) -> Tensor:
+    """Numbers and bytes as one message, in CPU memory."""
+    return torch.cat([torch.tensor(values, dtype=torch.float64).view(torch.uint8), content.cpu()])
+
+
+def _unpacked(form: Any, message: Tensor) -> tuple[Any, Tensor]:
+    """The numbers and bytes that were given to _packed()."""
+    head = 8 * len(form._fields)
+    return form(*message[:head].view(torch.float64).tolist()), message[head:].clone()

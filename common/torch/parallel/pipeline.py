@@ -1,0 +1,198 @@
+"""Runs a rank's pipeline schedule: forward and backward of micro-batches, and transfers between ranks.
+
+common/parallel/pipeline_schedule.py makes the schedule; with one stage it is gradient accumulation.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from common.gradients.step_metrics import StepMetrics
+from common.parallel.pipeline_schedule import Action, Kind
+from common.parallel.rank_schedule import RankSchedule, last_backward
+from common.torch.distributed import runtime
+from common.torch.gradients.gradients import Gradients
+from common.torch.parallel.split_backward import Caught
+from common.torch.parallel.stage import Stage
+from common.training import preemption
+
+import horovod.torch as hvd
+import torch
+from torch import Tensor
+
+
+def forward_backward(
+    stage: Stage,
+    loss_sum: Callable[[Tensor, Tensor], Tensor],
+    inputs: Tensor,
+    targets: Tensor,
+    global_size: int,
+    gradients: Gradients,
+) -> StepMetrics:
+    """Runs forward and backward of all micro-batches; leaves the mean over the global batch in the gradients.
+
+    Args:
+        stage: this rank's layers.
+        loss_sum: (outputs, targets) -> sum of the losses over the examples, not their mean.
+        inputs: (B, ...) inputs of this rank's examples in the step; B may be 0.
+        targets: (B, ...) targets of these examples.
+        global_size: number of examples of all lanes in this step.
+        gradients: the gradients of the stage.
+    """
+    gradients.zero()
+    passes = _ScheduleExecutor(stage, stage.rank_schedule, inputs, targets)
+    passes.loss_function = lambda outputs, part: loss_sum(outputs, part) / global_size
+    passes.loss_scale = gradients.loss_scale.value
+    actions = stage.rank_schedule.actions()
+    last = last_backward(actions)
+    start = time.perf_counter()
+    for place, action in enumerate(actions):
+        if place == last:
+            gradients.prepare_for_backward(passes.loss, preemption.requested(), len(inputs) / global_size)
+        passes.run(action)
+    stage.add_times(time.perf_counter() - start, passes.waited_seconds)
+    passes.finish()
+    return gradients.synchronize()
+
+
+@torch.no_grad()
+def forward(stage: Stage, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The outputs of the whole model and their targets on the ranks of the last stage; empty tensors on the others.
+
+    Args:
+        stage: this rank's layers.
+        inputs: (B, ...) inputs of this rank's examples, at least one.
+        targets: (B, ...) targets of these examples.
+    """
+    rank_schedule = replace(stage.rank_schedule, num_micro_batches=1)
+    passes = _ScheduleExecutor(stage, rank_schedule, inputs, targets)
+    for action in rank_schedule.forward_actions():
+        passes.run(action)
+    passes.finish()
+    if not passes.outputs:
+        return torch.zeros((0, *stage.shapes[-1]), dtype=stage.dtype, device=inputs.device), targets[:0]
+    return torch.cat(passes.outputs), targets
+
+
+class _ScheduleExecutor:
+    """Executes the schedule of one step on this rank's model chunks.
+
+    Attributes:
+        loss_function: (outputs, targets) -> part of the mean loss; None: only forward.
+        loss_scale: factor on the losses before backward.
+        loss: sum of the parts of the mean loss so far.
+        outputs: outputs of the whole model, if there is no loss function.
+        waited_seconds: seconds that this rank has waited for messages.
+    """
+
+    def __init__(self, stage: Stage, rank_schedule: RankSchedule, inputs: Tensor, targets: Tensor) -> None:
+        self._stage, self._passage, self._inputs, self._targets = stage, rank_schedule, inputs, targets
+        self._micro_batches = rank_schedule.micro_batches(len(inputs))
+        stage.infer_shapes(inputs)
+        self.loss_function: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.loss_scale, self.loss = 1.0, torch.zeros(())
+        self.outputs: list[Tensor] = []
+        self.waited_seconds = 0.0
+        # By model chunk and micro-batch: inputs and outputs, gradients of the inputs, state for backward_weight.
+        self._saved: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._input_gradients: dict[tuple[int, int], Tensor] = {}
+        self._caught: dict[tuple[int, int], list[Caught]] = {}
+        self._for_weights: dict[tuple[int, int], Callable[[], None]] = {}
+        self._arriving: dict[Action, int] = {}
+        self._leaving: list[tuple[int, Tensor]] = []
+
+    def run(self, action: Action) -> None:
+        """Executes one action of the schedule; skips micro-batches without examples."""
+        examples = self._micro_batches[action.micro_batch]
+        if examples.start < examples.stop:
+            getattr(self, f"_{action.kind}")(action)
+
+    def finish(self) -> None:
+        """Waits until all messages are sent."""
+        for handle, _ in self._leaving:
+            hvd.synchronize(handle)
+
+    def _forward(self, action: Action) -> None:
+        examples = self._micro_batches[action.micro_batch]
+        inputs = self._inputs[examples]
+        if action.part > 0:
+            inputs = self._received(action, Kind.receive_activation).requires_grad_(torch.is_grad_enabled())
+        outputs = self._stage.parts[action.part](inputs)
+        if action.part in self._stage.splits:
+            self._caught[action.part, action.micro_batch] = self._stage.splits[action.part].caught()
+        if action.part == self._stage.num_parts - 1:
+            if self.loss_function is None:
+                self.outputs.append(outputs)
+                return
+            outputs = self.loss_function(outputs, self._targets[examples])
+            self.loss = self.loss + outputs.detach()
+            outputs = outputs * self.loss_scale
+        self._saved[action.part, action.micro_batch] = inputs, outputs
+
+    def _backward(self, action: Action) -> None:
+        inputs, outputs = self._saved.pop((action.part, action.micro_batch))
+        outputs.backward(self._output_gradient(action))
+        self._keep_gradient((action.part, action.micro_batch), inputs)
+
+    def _backward_input(self, action: Action) -> None:
+        place = action.part, action.micro_batch
+        inputs, outputs = self._saved.pop(place)
+        gradient = self._output_gradient(action)
+        if action.part == 0:  # its inputs need no gradient
+            self._for_weights[place] = partial(outputs.backward, gradient)
+            return
+        split, caught = self._stage.splits[action.part], self._caught.pop(place)
+        caught = split.backward_input(inputs, outputs, gradient, caught)
+        self._keep_gradient(place, inputs)
+        self._for_weights[place] = partial(split.backward_weight, caught)
+
+    def _keep_gradient(self, place: tuple[int, int], inputs: Tensor) -> None:
+        if inputs.grad is not None:
+            self._input_gradients[place] = inputs.grad
+
+    def _backward_weight(self, action: Action) -> None:
+        self._for_weights.pop((action.part, action.micro_batch))()
+
+    def _output_gradient(self, action: Action) -> Tensor | None:
+        """The gradient of a chunk's outputs; None for the loss, whose gradient is 1."""
+        is_last = action.part == self._stage.num_parts - 1
+        return None if is_last else self._received(action, Kind.receive_gradient)
+
+    def _send_activation(self, action: Action) -> None:
+        self._send(action, self._saved[action.part, action.micro_batch][1].detach())
+
+    def _send_gradient(self, action: Action) -> None:
+        self._send(action, self._input_gradients.pop((action.part, action.micro_batch)))
+
+    def _receive_activation(self, action: Action) -> None:
+        self._receive(action, self._stage.shapes[action.part - 1])
+
+    def _receive_gradient(self, action: Action) -> None:
+        self._receive(action, self._stage.shapes[action.part])
+
+    def _send(self, action: Action, values: Tensor) -> None:
+        self._leaving = runtime.under_way(self._leaving)
+        values = values.contiguous()
+        handle = hvd.broadcast_async_(values, self._passage.topology.rank, **self._message(action, action))
+        self._leaving.append((handle, values))
+
+    def _receive(self, action: Action, shape: tuple[int, ...]) -> None:
+        examples = self._micro_batches[action.micro_batch]
+        values = self._inputs.new_empty((examples.stop - examples.start, *shape), dtype=self._stage.dtype)
+        peer = self._passage.peer(action)
+        self._arriving[action] = hvd.broadcast_async_(values, peer, **self._message(action, action.other_end))
+
+    def _received(self, action: Action, kind: Kind) -> Tensor:
+        """Waits for the message that was posted for a computation."""
+        start = time.perf_counter()
+        values: Tensor = hvd.synchronize(self._arriving.pop(replace(action, kind=kind)))
+        self.waited_seconds += time.perf_counter() - start
+        return values
+
+    def _message(self, action: Action, sending: Action) -> dict[str, Any]:
+        """Options of a transfer: it is a broadcast in a set of two ranks, named after its send."""
+        pair = sorted((self._passage.topology.rank, self._passage.peer(action)))
+        phase = "train" if self.loss_function else "evaluate"
+        return {"name": f"{phase}.{sending}", "process_set": runtime.process_set(pair)}

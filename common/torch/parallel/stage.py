@@ -1,0 +1,160 @@
+"""The layers of a rank: the whole model, or one stage of a pipeline."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from common.config.schema import PipelineConfig, PrecisionConfig, RunConfig, StageBalance
+from common.data.datasets.examples import Examples
+from common.distributed.timing import median_seconds
+from common.distributed.topology import Topology
+from common.parallel import model_parts
+from common.parallel.rank_schedule import RankSchedule
+from common.torch.distributed import runtime
+from common.torch.models.mixed_precision import Model
+from common.torch.parallel.split_backward import SplitBackward
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class Stage(nn.Sequential):
+    """The layers of one rank, by their numbers in the whole model.
+
+    Args:
+        layers: the layers of the whole model.
+        ranges: for each model chunk, the numbers of its layers.
+        precision: the dtypes.
+        rank_schedule: this rank's pipeline schedule.
+
+    Attributes:
+        parts: this rank's model chunks by number; each has consecutive layers.
+        splits: the split backward of chunks whose backward is split.
+        num_parts: number of chunks of the whole model.
+        shapes: for each chunk of the whole model, the output shape of one example; set by infer_shapes().
+        dtype: the dtype of the chunks' outputs.
+        tied: weights that are shared with other stages, each with all ranks that have it.
+        rank_schedule: this rank's pipeline schedule.
+        topology: the place of this rank.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        ranges: Sequence[range],
+        precision: PrecisionConfig,
+        rank_schedule: RankSchedule,
+    ) -> None:
+        topology = rank_schedule.topology
+        mine = range(topology.stage, len(ranges), topology.num_stages)
+        super().__init__()
+        self._names: dict[nn.Parameter, str] = {}
+        for part in mine:
+            for number in ranges[part]:
+                self.add_module(str(number), layers[number])
+        device = runtime.device(topology)
+        self.parts = {part: Model([layers[number] for number in ranges[part]], precision, device) for part in mine}
+        self.num_parts, self.topology, self.dtype = len(ranges), topology, runtime.dtype(precision)
+        self.rank_schedule = rank_schedule
+        is_split = rank_schedule.schedule == "zb_h1"
+        self.splits = {number: SplitBackward(part) for number, part in self.parts.items() if is_split and number > 0}
+        self.shapes: list[tuple[int, ...]] = []
+        self._times = [0.0, 0.0]
+        holders: dict[nn.Parameter, dict[int, None]] = {}
+        for name, parameter in nn.Sequential(*layers).named_parameters(remove_duplicate=False):
+            layer = int(name.partition(".")[0])
+            part = next(number for number, layer_range in enumerate(ranges) if layer in layer_range)
+            holders.setdefault(parameter, {})[part % topology.num_stages] = None
+            self._names.setdefault(parameter, name)
+        self.tied = [
+            (parameter, topology.ranks_with_tied_weights(list(holders[parameter])))
+            for parameter in self.parameters()
+            if len(holders[parameter]) > 1
+        ]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The outputs of a model that is not cut."""
+        (part,) = self.parts.values()
+        outputs: Tensor = part(inputs)
+        return outputs
+
+    def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters by their names in the whole model; a shared weight has its name in the first layer."""
+        for name, parameter in super().named_parameters(*args, **options):
+            yield self._names.get(parameter, name), parameter
+
+    def infer_shapes(self, inputs: Tensor) -> None:
+        """Finds the chunks' output shapes with one example of zeros like inputs (B, ...); all ranks must call it."""
+        if self.shapes or self.num_parts == 1:
+            return
+        values = inputs.new_zeros((1, *inputs.shape[1:]))
+        with torch.no_grad(), torch.random.fork_rng():
+            for number in range(self.num_parts):
+                shape = list(self.parts[number](values).shape[1:]) if number in self.parts else None
+                found = next(shape for shape in runtime.allgather_object(shape) if shape is not None)
+                self.shapes.append(tuple(found))
+                values = torch.zeros((1, *found), dtype=self.dtype, device=inputs.device)
+
+    def add_times(self, seconds: float, waited: float) -> None:
+        """Adds the seconds of a step on this rank, and the seconds that it waited for other ranks."""
+        self._times = [self._times[0] + seconds, self._times[1] + waited]
+
+    def bubbles(self) -> dict[str, Any]:
+        """The idle fraction of each stage, for the summary; all ranks must call it."""
+        return self.rank_schedule.bubbles(runtime.allgather_object(self._times))
+
+
+def build_stage(layers: Sequence[nn.Module], cfg: RunConfig, topology: Topology, examples: Examples) -> Stage:
+    """Cuts a model and keeps this rank's layers; all ranks must call it, with equal weights.
+
+    Args:
+        layers: the layers of the whole model, in order.
+        cfg: the configuration.
+        topology: the place of this rank.
+        examples: a dataset; one example is passed through the layers if costs must be measured.
+
+    Raises:
+        ConfigError: the model cannot be cut as configured.
+    """
+    numels = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+    costs: Sequence[float] = numels
+    if isinstance(cfg.parallel, PipelineConfig) and cfg.parallel.balance is not StageBalance.parameters:
+        inputs = runtime.to_tensor(examples.take(np.arange(1))[0], cfg.precision, torch.device("cpu"))
+        is_flops = cfg.parallel.balance is StageBalance.flops
+        costs = runtime.broadcast_object(measured_costs(layers, inputs, _flops if is_flops else _seconds))
+    ranges = model_parts.cut(cfg.parallel, topology.num_stages, numels, costs)
+    return Stage(layers, ranges, cfg.precision, RankSchedule.of(cfg.parallel, topology))
+
+
+def measured_costs(
+    layers: Sequence[nn.Module], inputs: Tensor, measure: Callable[[nn.Module, Tensor], float]
+) -> list[float]:
+    """The cost of each layer; inputs are those of the first layer."""
+    costs = []
+    for layer in layers:
+        costs.append(measure(layer, inputs))
+        with torch.no_grad():
+            inputs = layer(inputs)
+    return costs
+
+
+def _flops(layer: nn.Module, inputs: Tensor) -> float:
+    """Floating-point operations of the matrix products and convolutions in forward."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(inputs)
+    return float(counter.get_total_flops())
+
+
+def _seconds(layer: nn.Module, inputs: Tensor) -> float:
+    """Seconds of forward and backward; afterwards the layer's gradients are cleared."""
+    leaf = inputs.detach().requires_grad_(inputs.is_floating_point())
+
+    def step() -> None:
+        outputs = layer(leaf)
+        if outputs.requires_grad:
+            outputs.sum().backward()
+
+    seconds = median_seconds(step)
+    layer.zero_grad()
+    return seconds

@@ -1,0 +1,1 @@
+"""Parts of a run beside its steps: checkpoints, evaluation, generation. With PyTorch."""

@@ -1,0 +1,1 @@
+"""Parts of a run beside its steps: checkpoints, the run log, the command line."""

@@ -1,0 +1,527 @@
+"""Checkpoints: the state from which training resumes, in a format that does not depend on the framework.
+
+A checkpoint is a folder <run.dir>/checkpoints/step-<number> with the arrays as safetensors and the rest as JSON. It is
+written into a temporary folder, hashed and then renamed, so that a folder with the final name is complete. Arrays have
+PyTorch's names and layouts (common/tf/training/checkpoint.py converts them), so that one framework can resume from a
+checkpoint of the other.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, Protocol
+
+from common import file_io
+from common.config.schema import RunConfig, leaves, to_dict
+from common.data import example_log
+from common.data.sampler import Step, TrainingSampler
+from common.distributed.array_exchange import Arrays
+from common.distributed.consensus import Runtime
+from common.distributed.topology import Topology
+from common.errors import ConfigError, Stopped, TrainingError
+from common.gradients.step_metrics import StepMetrics
+from common.training import provenance, run_lock
+
+import numpy as np
+
+Exchange = Callable[[Sequence[Arrays]], Sequence[Arrays]]
+
+WEIGHTS, OPTIMIZER, GRADIENTS = "weights.safetensors", "optimizer.safetensors", "gradients.safetensors"
+STATE = "state.json"
+# Keys that may change between a checkpoint and the run that resumes from it: the loss curve does not depend on them.
+# Changes of the examples by keys of data are found by the fingerprint.
+RESUME_MAY_CHANGE = (
+    *("resume.", "run.", "parallel.", "optimizer.sharded", "data."),
+    *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.on_nonfinite"),
+)
+RESUME_MUST_MATCH = ("data.balance", "data.max_shift", "data.max_rotation")
+
+
+class State(Protocol):
+    """A framework's access to the state of the model, its optimizer and its gradients; all ranks call each method."""
+
+    def weights(self) -> Arrays:
+        """Copies of the weights by name, on rank 0."""
+
+    def optimizer_state(self) -> Arrays:
+        """Copies of the optimizer's state by name, on rank 0."""
+
+    def gradients(self) -> Arrays:
+        """The state of compressors and the loss scale by name, on rank 0; rank-local states as sums over the ranks."""
+
+    def load(self, weights: Arrays, optimizer_state: Arrays, gradients: Arrays) -> None:
+        """Loads the state that rank 0 has read, on the first rank of each stage."""
+
+    def broadcast(self) -> None:
+        """Copies the state from the first rank of each stage to its other ranks; splits sums of rank-local states."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read.
+
+    Attributes:
+        folder: the folder of the checkpoint.
+        weights: the weights, by name.
+        optimizer_state: the optimizer's state, by name.
+        gradients: the state of compressors and the loss scale, by name.
+        state: the rest: task, position, batch_sizes, config, fingerprint, versions, and the extras of the task.
+    """
+
+    folder: Path
+    weights: Arrays
+    optimizer_state: Arrays
+    gradients: Arrays
+    state: dict[str, Any]
+
+
+def write(folder: Path, weights: Arrays, optimizer_state: Arrays, gradients: Arrays, state: dict[str, Any]) -> None:
+    """Writes a checkpoint into a folder, which must not exist; it appears when everything is on the disk."""
+    for leftover in folder.parent.glob(".*.unfinished"):
+        shutil.rmtree(leftover)
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    unfinished.mkdir(parents=True)
+    files = {WEIGHTS: weights, OPTIMIZER: optimizer_state, GRADIENTS: gradients}
+    hashes = {name: _write_arrays(unfinished / name, arrays) for name, arrays in files.items()}
+    hashes[STATE] = state_sha256(state)
+    with (unfinished / STATE).open("wb") as file:
+        file.write(json.dumps(state | {"sha256": hashes}, indent=2).encode())
+        file_io.sync(file)
+    file_io.sync_path(unfinished)
+    unfinished.rename(folder)
+    file_io.sync_path(folder.parent)
+
+
+def _write_arrays(path: Path, arrays: Arrays) -> str:
+    """Writes a file of arrays without another copy of all of them in memory; returns its SHA-256."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(dict(arrays), path)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from error
+    with path.open("rb+") as file:
+        file_io.sync(file)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def state_sha256(state: Mapping[str, Any]) -> str:
+    """SHA-256, in hexadecimal, of a checkpoint's state without its hashes."""
+    others = {key: value for key, value in state.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+
+
+def read(folder: Path) -> Checkpoint:
+    """Reads a checkpoint; checks that it is complete and that its state has the required keys.
+
+    Raises:
+        ConfigError: the checkpoint is not sound; the message names the folder.
+    """
+    from safetensors.numpy import load
+
+    try:
+        state = _understood(STATE, file_io.parse_json, file_io.read_bytes(folder / STATE))
+        _check_state(state)
+        contents = {name: file_io.read_bytes(folder / name) for name in (WEIGHTS, OPTIMIZER, GRADIENTS)}
+        _check_hashes(state, contents)
+        weights, optimizer_state, gradients = (_understood(name, load, content) for name, content in contents.items())
+        if any(array.dtype.kind != "f" for array in weights.values()):
+            raise ValueError(f"{WEIGHTS} has numbers that are no floating-point ones")
+        return Checkpoint(folder, weights, optimizer_state, gradients, state)
+    except OSError as error:
+        reason = f"{Path(str(error.filename)).name} cannot be read ({error.strerror})"
+        raise ConfigError([f"{folder}: is no sound checkpoint: {reason}"]) from error
+    except ValueError as error:
+        raise ConfigError([f"{folder}: is no sound checkpoint: {error}"]) from error
+
+
+def _understood(name: str, parse: Callable[[bytes], Any], content: bytes) -> Any:
+    """The parsed contents of a file; raises a ValueError with its name if the format is wrong."""
+    from safetensors import SafetensorError
+
+    try:
+        return parse(content)
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{name} cannot be understood: {file_io.brief(error)}") from error
+
+
+def _check_hashes(state: Mapping[str, Any], contents: Mapping[str, bytes]) -> None:
+    """Raises a ValueError if a file was changed after it was written; older checkpoints have no hash of the state."""
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    if STATE in state["sha256"]:
+        hashes[STATE] = state_sha256(state)
+    for name, found in hashes.items():
+        if state["sha256"].get(name) != found:
+            raise ValueError(f"{name} was cut off or altered: its SHA-256 is not that of {STATE}")
+
+
+# The required keys of a state, and their types.
+_STATE_TYPES: dict[str, type] = {
+    **dict.fromkeys(("task", "framework", "fingerprint"), str),
+    **dict.fromkeys(("config", "position", "batch_sizes", "sha256"), dict),
+}
+_LEAST_POSITION = {"step": 0, "epoch": 1, "offset": 0}
+_MOST = 1 << 53  # limit of counters: smaller integers are exact as float64, too
+
+
+def _check_state(state: Any) -> None:
+    """Raises a ValueError if a state does not have the form that Checkpoints writes."""
+    if not isinstance(state, dict):
+        raise ValueError(f"{STATE} is no JSON object")
+    wrong = [key for key, kind in _STATE_TYPES.items() if not isinstance(state.get(key), kind)]
+    if not wrong:
+        optimizer = state["config"].get("optimizer")
+        is_right = {
+            "config": isinstance(optimizer, dict) and isinstance(optimizer.get("name"), str),
+            "position": _is_position(state["position"]),
+            "batch_sizes": _are_batch_sizes(state["batch_sizes"]),
+        }
+        wrong = [key for key, right in is_right.items() if not right]
+    if wrong:
+        raise ValueError(f"{STATE} lacks {' and '.join(map(repr, wrong))}, or has it in another form")
+
+
+def _is_position(position: Mapping[str, Any]) -> bool:
+    return position.keys() == _LEAST_POSITION.keys() and all(
+        _is_count(position[key], least) for key, least in _LEAST_POSITION.items()
+    )
+
+
+def _are_batch_sizes(sizes: Mapping[str, Any]) -> bool:
+    """Whether they have the form of BatchSizes.to_json()."""
+    changes, numbers = sizes.get("changes"), (sizes.get("noise"), sizes.get("signal"))
+    return (
+        isinstance(changes, list)
+        and bool(changes)
+        and all(isinstance(change, list) and len(change) == 2 for change in changes)
+        and all(_is_count(number, 1) for change in changes for number in change)
+        and changes[0][0] == 1
+        and all(isinstance(number, int | float) and abs(number) < _MOST**2 for number in numbers)
+    )
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < _MOST
+
+
+def newest(run_folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest sound checkpoint of a run, and the problems of newer ones."""
+    problems: list[str] = []
+    for folder in reversed(_saved(run_folder / "checkpoints")):
+        try:
+            return read(folder), problems
+        except ConfigError as error:
+            problems += error.problems
+    return None, problems
+
+
+def _saved(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, in the order of their steps."""
+    numbers = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
+    return sorted((path for path in numbers if numbers[path].isdecimal()), key=lambda path: int(numbers[path]))
+
+
+def set_aside(folder: Path, start: int) -> None:
+    """Moves checkpoints of later steps than `start`, from which a run resumes, into the folder `abandoned`.
+
+    They belong to another branch of the run, and would be mistaken for newer than the checkpoints to come.
+    """
+    for path in _saved(folder):
+        if int(path.name.removeprefix("step-")) > start:
+            abandoned = folder / "abandoned"
+            abandoned.mkdir(exist_ok=True)
+            path.rename(file_io.unused(abandoned / path.name))
+
+
+def find(path: Path) -> Checkpoint:
+    """The checkpoint at a path, or the newest sound checkpoint of the run at a path.
+
+    Raises:
+        ConfigError: there is no sound checkpoint.
+    """
+    if os.path.exists(path / STATE) or path.name.startswith("step-"):  # Path.exists() raises where names are too long
+        return read(path)
+    checkpoint, problems = newest(path)
+    if checkpoint is None:
+        raise ConfigError([f"{path}: has no sound checkpoint", *problems])
+    return checkpoint
+
+
+class Checkpoints:
+    """Saves the checkpoints of one run, and restores the run from a checkpoint.
+
+    Args:
+        cfg: the configuration, with run.dir set.
+        recipe: name of the recipe's module, <task>_<framework>.
+        fingerprint: the fingerprint of the training set.
+        state: the state of the model and its optimizer.
+        runtime: the framework's runtime.
+        topology: the place of this rank; rank 0 reads and writes.
+        extras: further contents of a checkpoint, such as the tokenizer, as JSON values.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        recipe: str,
+        fingerprint: str,
+        state: State,
+        runtime: Runtime,
+        topology: Topology,
+        extras: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._cfg, self._state, self._runtime = cfg, state, runtime
+        self._rank, self._run_folder = topology.rank, Path(str(cfg.run.dir))
+        self._folder = self._run_folder / "checkpoints"
+        task, _, framework = recipe.rpartition("_")
+        self._identity = {
+            "task": task,
+            "framework": framework,
+            "fingerprint": fingerprint,
+            "config": to_dict(cfg),
+            "versions": provenance.versions(),
+            **(extras or {}),
+        }
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
+        self._writing: Future[None] | None = None
+
+    def restore(self) -> dict[str, Any]:
+        """Gives all ranks the weights and the optimizer's state: from the checkpoint to resume from, or from rank 0.
+
+        Also locks the run folder, and removes or moves aside its records of steps that the run will repeat.
+
+        Returns:
+            The checkpoint's state, or {} if training starts at the beginning.
+
+        Raises:
+            ConfigError: there is no such checkpoint, or it does not suit this run, or another job uses the folder.
+        """
+        try:
+            restored = self._restored()
+            with self._runtime.raise_on_all_ranks():
+                if self._rank == 0:
+                    self._begin(restored["position"]["step"] if restored else 0)
+        except ConfigError:
+            run_lock.let_go(self._run_folder)
+            raise
+        return restored
+
+    def _restored(self) -> dict[str, Any]:
+        checkpoint: Checkpoint | None = None
+        with self._runtime.raise_on_all_ranks():
+            if self._rank == 0:
+                if self._run_folder.exists():
+                    run_lock.hold(self._run_folder)
+                checkpoint = self._suitable()
+        restored: dict[str, Any] = self._runtime.broadcast_object(checkpoint.state if checkpoint else {})
+        if restored:
+            with self._runtime.raise_on_all_ranks():
+                self._load(restored, checkpoint)
+        self._state.broadcast()
+        return restored
+
+    def _begin(self, start: int) -> None:
+        """Locks the run folder, and removes or moves aside its records of steps after `start`."""
+        self._run_folder.mkdir(parents=True, exist_ok=True)
+        run_lock.hold(self._run_folder)
+        example_log.drop(self._run_folder, start)
+        set_aside(self._folder, start)
+
+    def save_if_due(self, step: Step, sums: StepMetrics, plan: TrainingSampler) -> None:
+        """Saves a checkpoint every train.checkpoint_every steps, at the end, and if a rank was asked to stop.
+
+        Raises:
+            ConfigError: a checkpoint could not be written; unless it is the last one, raised at the next checkpoint.
+            TrainingError: a value of the weights or the other state is not finite; the last checkpoint is kept.
+            Stopped: a rank was asked to stop; the checkpoint is saved.
+        """
+        every = self._cfg.train.checkpoint_every
+        is_stop = float(sums.stop) > 0 and step.progress < 1
+        is_last = step.progress >= 1 or is_stop
+        if not is_last and not (every and step.number % every == 0):
+            return
+        for path in (self._run_folder / "ledger").glob(f"*.rank-{self._rank:04}.jsonl"):
+            file_io.sync_path(path)
+        arrays = self._state.weights(), self._state.optimizer_state(), self._state.gradients()
+        with self._runtime.raise_on_all_ranks():
+            if self._rank == 0:
+                self._wait()
+                check_finite(step.number, *arrays)
+                self._writing = self._writer.submit(self._write, step.number, *arrays, self._state_at(step, plan))
+                _unfinished.add(self._writing)
+                self._writing.add_done_callback(_unfinished.discard)
+                if is_last:
+                    self._wait()
+        if is_stop:
+            raise Stopped(
+                f"stopped at step {step.number}, as asked by a signal; the same command with "
+                f"run.dir={self._cfg.run.dir} goes on from there"
+            )
+
+    def _state_at(self, step: Step, plan: TrainingSampler) -> dict[str, Any]:
+        return self._identity | {
+            "position": dataclasses.asdict(step.end),
+            "batch_sizes": plan.batch_sizes.to_json(),
+            "world_size": plan.topology.world_size,
+        }
+
+    def _write(
+        self, step: int, weights: Arrays, optimizer_state: Arrays, gradients: Arrays, state: dict[str, Any]
+    ) -> None:
+        record = self._run_folder / "metrics.jsonl"
+        if record.exists():  # after a power cut, the log must reach at least as far as the newest checkpoint
+            file_io.sync_path(record)
+        write(self._folder / f"step-{step:08}", weights, optimizer_state, gradients, state)
+        for old in _saved(self._folder)[: -self._cfg.train.keep_checkpoints]:
+            shutil.rmtree(old)
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+
+    def _suitable(self) -> Checkpoint | None:
+        """The configured checkpoint, or None; raises a ConfigError if this run cannot resume from it."""
+        checkpoint = self._chosen()
+        if checkpoint is not None:
+            problems = list(self._problems(checkpoint))
+            if problems:
+                raise ConfigError(problems)
+            if checkpoint.state["fingerprint"] != self._identity["fingerprint"]:
+                checkpoint.state["position"]["offset"] = 0
+        return checkpoint
+
+    def _load(self, state: dict[str, Any], checkpoint: Checkpoint | None) -> None:
+        """Loads a checkpoint; only rank 0 has it, the others pass None."""
+        same_optimizer = state["config"]["optimizer"]["name"] == self._cfg.optimizer.name
+        if checkpoint is None:
+            self._state.load({}, {}, {})
+        else:
+            optimizer_state = checkpoint.optimizer_state if same_optimizer else {}
+            self._state.load(checkpoint.weights, optimizer_state, checkpoint.gradients)
+
+    def _chosen(self) -> Checkpoint | None:
+        source, own = self._cfg.resume.source, _saved(self._folder)
+        if source not in ("auto", "never"):
+            return find(Path(source))
+        if not own:
+            return None
+        if source == "never":
+            raise ConfigError(
+                [f"run.dir={self._cfg.run.dir}: holds checkpoints, which resume=never would lose; use resume=auto or "
+                 "another folder"]
+            )  # fmt: skip
+        checkpoint, problems = newest(self._run_folder)
+        if checkpoint is None:
+            raise ConfigError(
+                [*problems, f"run.dir={self._cfg.run.dir}: no checkpoint is left; start in another folder"]
+            )
+        for problem in problems:
+            print(f"{problem}; going on from {checkpoint.folder.name}", file=sys.stderr, flush=True)
+        return checkpoint
+
+    def _problems(self, checkpoint: Checkpoint) -> Iterator[str]:
+        """The reasons why this run cannot resume from the checkpoint."""
+        state, allowed = checkpoint.state, self._cfg.resume.allow_changes
+        if state["task"] != self._identity["task"]:
+            yield f"{checkpoint.folder}: is a checkpoint of {state['task']}, not of {self._identity['task']}"
+            return
+        if not _are_counters(checkpoint.gradients.get("counters")):
+            yield f"{checkpoint.folder}: {GRADIENTS} does not say how many steps were made; use another checkpoint"
+        if state["fingerprint"] != self._identity["fingerprint"] and "data" not in allowed:
+            yield f"data: the training examples are not those of {checkpoint.folder}; {_remedy('data')}"
+        old, new = dict(leaves(state["config"])), dict(leaves(self._identity["config"]))
+        for key in sorted(old.keys() | new.keys()):
+            is_free = key.startswith(RESUME_MAY_CHANGE) and key not in RESUME_MUST_MATCH
+            if not is_free and old.get(key) != new.get(key) and not _names(allowed, key):
+                yield f"{key}={new.get(key)}: is {old.get(key)} in {checkpoint.folder}; {_remedy(key)}"
+
+
+_unfinished: set[Future[None]] = set()
+
+
+def finish_writing() -> None:
+    """Waits until no checkpoint is being written any more; needed before an exit that skips Python's cleanup."""
+    wait(list(_unfinished))
+
+
+def _are_counters(counters: np.ndarray | None) -> bool:
+    return counters is not None and counters.shape in ((3,), (4,)) and bool(np.isfinite(counters).all())
+
+
+def check_finite(step: int, *states: Arrays) -> None:
+    """Raises a TrainingError if a value that is about to be saved is infinite or NaN."""
+    for name, array in (item for arrays in states for item in arrays.items()):
+        if not np.isfinite(array).all():
+            raise TrainingError(
+                f"{name} is not finite after step {step}, and is not saved; the last checkpoint is sound; a smaller "
+                "optimizer.lr may help"
+            )
+
+
+def check_names_and_shapes(wanted: Mapping[str, tuple[int, ...]], arrays: Arrays) -> None:
+    """Raises a ConfigError if the names or shapes of a checkpoint's arrays are not those of the model."""
+    problems = [f"{name} is missing" for name in wanted.keys() - arrays.keys()]
+    problems += [f"{name} is not in the model" for name in arrays.keys() - wanted.keys()]
+    problems += [
+        f"{name} has the shape {arrays[name].shape} instead of {shape}"
+        for name, shape in wanted.items()
+        if name in arrays and arrays[name].shape != shape
+    ]
+    if problems:
+        raise ConfigError([f"resume: the checkpoint is of another model: {'; '.join(sorted(problems)[:3])}"])
+
+
+def of_all_stages(arrays: Arrays, topology: Topology, exchange: Exchange) -> Arrays:
+    """Gathers the arrays of all stages on rank 0, from the first rank of each stage; all ranks must call it.
+
+    Args:
+        arrays: the arrays of this rank's stage; used if this is the first rank of the stage.
+        topology: the place of this rank.
+        exchange: sends arrays to each rank and returns those from each.
+    """
+    mine = arrays if topology.leads_group else {}
+    if topology.num_stages == 1:
+        return mine
+    received = exchange([mine, *[{}] * (topology.world_size - 1)])
+    return {name: array for of_rank in received for name, array in of_rank.items()}
+
+
+def of_this_stage(arrays: Arrays, names: Sequence[Sequence[str]], topology: Topology, exchange: Exchange) -> Arrays:
+    """Sends rank 0's arrays to the first rank of each stage; returns those of this stage. All ranks must call it.
+
+    Args:
+        arrays: all arrays on rank 0; unused on the others if there are several stages.
+        names: for each rank, the names of its weights.
+        topology: the place of this rank.
+        exchange: sends arrays to each rank and returns those from each.
+    """
+    if topology.num_stages == 1:
+        return arrays
+    leaders = {ranks[0] for ranks in topology.groups}
+    sent = [
+        {name: array for name, array in arrays.items() if rank in leaders and _belongs_to(name, of_rank)}
+        for rank, of_rank in enumerate(names)
+    ]
+    return exchange(sent)[0]
+
+
+def _belongs_to(name: str, weights: Iterable[str]) -> bool:
+    """Whether an array of a checkpoint is one of the weights, or a state of one of them, or of no weight at all."""
+    return "." not in name or any(name == weight or name.startswith(f"{weight}.") for weight in weights)
+
+
+def _names(allowed: list[str], key: str) -> bool:
+    """Whether resume.allow_changes names the key or its group."""
+    return any(key == name or key.startswith(f"{name}.") for name in allowed)
+
+
+def _remedy(key: str) -> str:
+    return f"set it back, or accept another loss curve with resume.allow_changes=[{key}]"

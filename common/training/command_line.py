@@ -1,0 +1,111 @@
+"""The command line of a recipe: key=value overrides in, exit status out."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from common.config.composition import compose, group_options
+from common.config.layout import arranged, process_sets
+from common.config.schema import RunConfig, to_yaml
+from common.distributed.consensus import Runtime
+from common.distributed.launcher_env import are_hosts_alike, launched_topology
+from common.distributed.topology import Topology
+from common.errors import ConfigError, Stopped, TrainingError
+from common.training import checkpoint, preemption
+
+SECONDS_TO_GIVE_WAY = 5
+SECONDS_TO_MEET = 10
+_STATUS = {ConfigError: 2, TrainingError: 1, Stopped: preemption.EXIT_STATUS}
+HELP = """\
+usage: horovodrun -np N python -m recipes.{name} [key=value ...]
+
+{doc}
+Options: {options}
+
+Keys and their values with these options:
+
+{values}"""
+
+
+def run(train: Callable[[Any], Any], task: str, runtime: Runtime, arguments: Sequence[str] | None = None) -> None:
+    """Trains with the configuration of the command line; errors end the process with their exit status.
+
+    Status 2: the configuration cannot be run; rank 0 prints why. Status 1: training failed. Status 143: training was
+    stopped by SIGTERM and has saved a checkpoint.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    overrides = [word for word in words if word not in ("-h", "--help")]
+    topology = _started(runtime, _process_sets(task, overrides))
+    try:
+        with runtime.raise_on_all_ranks():
+            cfg = compose(task, overrides)
+        if len(overrides) < len(words):
+            if topology.rank == 0:
+                print(_help(sys.modules[train.__module__], task, cfg))
+            return
+        preemption.listen()
+        train(cfg)
+    except (ConfigError, TrainingError, Stopped) as error:  # usually raised by all ranks together
+        if topology.rank == 0:
+            checkpoint.finish_writing()
+            print(error, file=sys.stderr, flush=True)
+        # After rank 0 has printed, all ranks exit together and without Python's cleanup: shortly after the first rank
+        # exits, the launcher ends the others, and these would exit with another status.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if _meet(runtime):
+            runtime.shutdown()
+        elif topology.rank > 0:
+            print(error, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(_STATUS[type(error)])
+    except Exception as error:
+        if not runtime.is_lost_rank(error):
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ends the remaining ranks
+        print(f"rank {topology.rank} stops: another rank has left the job", file=sys.stderr, flush=True)
+        # The job's status is that of the first rank to exit: let the rank that failed exit first.
+        time.sleep(SECONDS_TO_GIVE_WAY)
+        sys.exit(1)
+
+
+def _started(runtime: Runtime, process_sets: list[Sequence[int]]) -> Topology:
+    """Starts Horovod, which refuses to start if the ranks ask for different process sets."""
+    try:
+        return runtime.init(process_sets)
+    except ValueError:
+        print(
+            "Horovod could not start, as its message above says; give all ranks the same keys: parallel, "
+            "compression.two_level and model.tied decide which ranks exchange something among themselves",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)
+
+
+def _meet(runtime: Runtime) -> bool:
+    """Whether all ranks arrive here; if a file is lost in the middle of training, one rank arrives alone."""
+    meeting = threading.Thread(target=runtime.broadcast_object, args=(None,), daemon=True)
+    meeting.start()
+    meeting.join(SECONDS_TO_MEET)
+    return not meeting.is_alive()
+
+
+def _process_sets(task: str, overrides: Sequence[str]) -> list[Sequence[int]]:
+    """The process sets, which Horovod needs at its start, before ranks can agree on errors in a configuration."""
+    try:
+        cfg = compose(task, overrides)
+        return process_sets(arranged(launched_topology(), cfg), cfg) if are_hosts_alike() else []
+    except (ConfigError, ValueError):
+        return []  # the error is reported later, by all ranks together
+
+
+def _help(recipe: ModuleType, task: str, cfg: RunConfig) -> str:
+    """The text of --help: the recipe's docstring, the options of each group, and all keys with their values."""
+    options = "  ".join(f"{group}={'|'.join(names)}" for group, names in group_options(task).items())
+    return HELP.format(name=Path(str(recipe.__file__)).stem, doc=recipe.__doc__, options=options, values=to_yaml(cfg))
