@@ -22,7 +22,8 @@ COMPARISONS = [
     for peer in peers
 ]
 # Benchmark -> its smallest setting, and how rows of its table begin.
-SMALLEST = {
+SMALLEST: dict[str, tuple[list[str], list[str]]] = {
+    "behaviour": (["--frameworks", "torch", "--runs", "linear regression"], []),
     "compression_quality": (
         ["--tasks", "mnist_cnn", "--sides", "none,fp16", "--seeds", "1", "--overrides", "train.max_steps=2"],
         ["none", "fp16"],
