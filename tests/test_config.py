@@ -3,11 +3,14 @@
 import shutil
 from pathlib import Path
 
-from common.config import composition
+from common.config import composition, registry
 from common.config.composition import CONF, compose, group_options
 from common.config.validation import validate
+from common.data import datasets
 from common.distributed.topology import Topology
 from common.errors import ConfigError
+from common.training import lr_schedule
+from tests.launch import ROOT
 
 import pytest
 
@@ -221,3 +224,11 @@ def test_a_run_folder_must_be_unfinished_and_writable(tmp_path: Path) -> None:
 def test_the_folder_of_the_files_must_exist(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no such folder"):
         validate(compose("mnist_mlp", ["data=mnist", f"data.root={tmp_path / 'nowhere'}"]), TWO_RANKS)
+
+
+def test_every_registered_name_has_its_code() -> None:
+    assert registry.NAMES["data"] == datasets.SOURCES
+    assert registry.NAMES["lr_schedule"] == {name: kind for name, (kind, _) in lr_schedule.SCHEDULES.items()}
+    for framework in ("torch", "tf"):
+        modules = (ROOT / "common" / framework / "gradients" / "compressors").glob("[!_]*.py")
+        assert {path.stem for path in modules} == registry.NAMES["compression"].keys() - {"none", "auto"}
