@@ -205,6 +205,32 @@ def test_values_out_of_bounds_of_other_tasks(task: str, override: str, message: 
     assert error.value.problems[0].startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            "compression=dgc compression.momentum=0.9",
+            "optimizer.momentum=0.9: dgc has a velocity of its own in its place",
+        ),
+        (
+            "compression=dgc compression.start_step=5",
+            "compression.start_step=5: the steps before would have no momentum",
+        ),
+        ("compression=fp16 precision=fp16", "compression=fp16: with precision=fp16 gradients have been unscaled"),
+        ("compression=topk compression.two_level=true", "compression.two_level=true: all ranks are on one host"),
+        (
+            "compression=topk train.batch_schedule=noise_scale",
+            "compression=topk: train.batch_schedule=noise_scale compares",
+        ),
+    ],
+)
+def test_keys_that_do_not_suit_each_other(overrides: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        validate(compose("mnist_mlp", overrides.split()), TWO_RANKS)
+    assert len(error.value.problems) == 1
+    assert error.value.problems[0].startswith(message)
+
+
 def test_the_noise_scale_needs_two_ranks() -> None:
     cfg = compose("mnist_mlp", ["train.batch_schedule=noise_scale"])
     validate(cfg, TWO_RANKS)
