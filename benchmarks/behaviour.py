@@ -18,10 +18,7 @@ from typing import Any
 from benchmarks import kept
 
 PIPELINE = "parallel=pipeline parallel.num_micro_batches=2"
-LM = (
-    "data.path=LICENSE model.width=32 model.num_layers=2 model.num_heads=2 model.context=16 "
-    "train.global_batch_size=24"
-)
+LM = "data.path=LICENSE model.width=32 model.num_layers=2 model.num_heads=2 model.context=16 train.global_batch_size=24"
 MLP = "model.hidden_sizes=[48,48,48] train.global_batch_size=60"
 # Name -> ranks, task, overrides; a run is resumed from the middle of the one that `from` names.
 RUNS: dict[str, tuple[int, str, str]] = {
