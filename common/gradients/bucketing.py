@@ -67,6 +67,11 @@ def of_model(
     ]
 
 
+def members_without(method: str, buckets: Sequence[Bucket]) -> list[int]:
+    """The indices of the parameters whose gradients are exchanged by another method."""
+    return [index for bucket in buckets if bucket.method != method for index in bucket.members]
+
+
 def _is_compressed(shape: tuple[int, ...], cfg: CompressionConfig) -> bool:
     if not isinstance(cfg, LossyConfig) or math.prod(shape) < cfg.min_numel:
         return False

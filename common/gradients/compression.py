@@ -18,9 +18,14 @@ with indices only for N < n / k.
 - Sums of fewer values, by allreduce.
 """
 
+import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from common.errors import ConfigError
 
 import numpy as np
 
@@ -45,6 +50,19 @@ def piece_size(num_values: int, num_ranks: int) -> int:
 def num_sent(num_values: int, ratio: float) -> int:
     """Number of values that a sparse compressor sends; at least one."""
     return min(num_values, max(1, math.ceil(num_values * ratio)))
+
+
+def compressor_class(framework: str, method: str) -> Any:
+    """The class Compressor that carries a method out in a framework, torch or tf.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    module = f"common.{framework}.gradients.compressors.{method}"
+    if find_spec(module) is None:
+        file = f"{module.replace('.', '/')}.py"
+        raise ConfigError([f"compression={method}: there is no {file}; write it, or use another"])
+    return importlib.import_module(module).Compressor
 
 
 def is_matrix_for_powersgd(shape: Sequence[int], rank: int) -> bool:

@@ -4,19 +4,16 @@ A method is the class Compressor in common/tf/gradients/compressors/<method>.py;
 its reference in numpy.
 """
 
-import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from common.config.schema import CompressionConfig, DGCConfig, LossyConfig, SparseConfig, WireValues
 from common.distributed.topology import Topology
-from common.errors import ConfigError
 from common.gradients.bucketing import allreduce_bytes
-from common.gradients.compression import CHUNK, GROUP, chunk_sizes, largest_half, piece_size
+from common.gradients.compression import CHUNK, GROUP, chunk_sizes, compressor_class, largest_half, piece_size
 from common.tf.distributed import runtime
 
 import horovod.tensorflow as hvd
@@ -370,21 +367,9 @@ class PlainMomentum:
             velocity.assign(state[index])
 
 
-def find(name: str) -> Any:
-    """The class of a method's compressor.
-
-    Raises:
-        ConfigError: there is no such compressor for this framework.
-    """
-    module = f"common.tf.gradients.compressors.{name}"
-    if find_spec(module) is None:
-        raise ConfigError([f"compression={name}: there is no {module.replace('.', '/')}.py; write it, or use another"])
-    return importlib.import_module(module).Compressor
-
-
 def build(cfg: LossyConfig, unit: CompressionGroup, topology: Topology) -> Compressor:
     """The configured compressor, with error feedback and the two-level exchange around it if configured."""
-    compressor: Compressor = find(cfg.name)(cfg, unit)
+    compressor: Compressor = compressor_class("tf", cfg.name)(cfg, unit)
     if cfg.error_feedback and not isinstance(cfg, DGCConfig):  # DGC has a residual already
         compressor = ErrorFeedback(compressor)
     if cfg.two_level:

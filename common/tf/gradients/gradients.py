@@ -122,7 +122,7 @@ class Gradients:
         cfg = self._compression
         if not isinstance(cfg, DGCConfig) or not cfg.momentum:
             return None
-        plain = [index for bucket in self.buckets if bucket.method != cfg.name for index in bucket.members]
+        plain = bucketing.members_without(cfg.name, self.buckets)
         return PlainMomentum(cfg.momentum, {index: self._shapes[index] for index in plain})
 
     @property

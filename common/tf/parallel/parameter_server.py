@@ -15,13 +15,13 @@ from common.config.schema import LossyConfig, OnNonfinite, ParameterServerConfig
 from common.distributed.topology import Topology
 from common.errors import ConfigError, TrainingError
 from common.gradients.bucketing import Bucket
-from common.gradients.compression import local_clip_norm
+from common.gradients.compression import compressor_class, local_clip_norm
 from common.gradients.loss_scale import LossScale
 from common.gradients.step_metrics import StepMetrics
 from common.parallel.parameter_server import NOT_FINITE, GradientPush, ServerLoop, WeightReply, waits
 from common.tf.distributed import runtime
 from common.tf.distributed.runtime import Optimizer
-from common.tf.gradients import compression, optimizers
+from common.tf.gradients import optimizers
 from common.tf.gradients.compression import Codec, Communicator, CompressionGroup, as_bytes, from_bytes
 from common.tf.gradients.gradients import Gradients, all_finite, clip_global_norm, squared_norm
 from common.tf.parallel.sharded import ServedOptimizer
@@ -309,7 +309,7 @@ class _Code:
         if isinstance(cfg.compression, LossyConfig):
             name, size = cfg.compression.name, like.shape[1]
             unit = CompressionGroup(0, [(size,)], Communicator("push", hvd.global_process_set), cfg.seed)
-            self._codec = compression.find(name)(cfg.compression, unit)
+            self._codec = compressor_class("tf", name)(cfg.compression, unit)
             self._start = cfg.compression.start_step - 1
             if not isinstance(self._codec, Codec):
                 raise ConfigError(

@@ -4,20 +4,17 @@ A method is the class Compressor in common/torch/gradients/compressors/<method>.
 its reference in numpy.
 """
 
-import importlib
 import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 from common.config.schema import CompressionConfig, DGCConfig, LossyConfig, SparseConfig, WireValues
 from common.distributed.topology import Topology
-from common.errors import ConfigError
 from common.gradients.bucketing import allreduce_bytes
-from common.gradients.compression import CHUNK, GROUP, adasum_weights, largest_half, piece_size
+from common.gradients.compression import CHUNK, GROUP, adasum_weights, compressor_class, largest_half, piece_size
 from common.torch.distributed import runtime
 
 import horovod.torch as hvd
@@ -336,21 +333,9 @@ class PlainMomentum:
                 parameter.grad.copy_(self.velocities[index])
 
 
-def find(name: str) -> Any:
-    """The class of a method's compressor.
-
-    Raises:
-        ConfigError: there is no such compressor for this framework.
-    """
-    module = f"common.torch.gradients.compressors.{name}"
-    if find_spec(module) is None:
-        raise ConfigError([f"compression={name}: there is no {module.replace('.', '/')}.py; write it, or use another"])
-    return importlib.import_module(module).Compressor
-
-
 def build(cfg: LossyConfig, unit: CompressionGroup, topology: Topology) -> Compressor:
     """The configured compressor, with error feedback and the two-level exchange around it if configured."""
-    compressor: Compressor = find(cfg.name)(cfg, unit)
+    compressor: Compressor = compressor_class("torch", cfg.name)(cfg, unit)
     if cfg.error_feedback and not isinstance(cfg, DGCConfig):  # DGC has a residual already
         compressor = ErrorFeedback(compressor)
     if cfg.two_level:

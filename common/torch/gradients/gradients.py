@@ -121,6 +121,7 @@ class Gradients:
             raise TrainingError("the ranks have frozen other parameters than each other; freeze the same ones on all")
         for hook in self._hooks:
             hook.remove()
+        self._hooks.clear()
         parameters, state = self._parameters, self.state()
         self._build()
         for name, tensors in self.state().items():
@@ -168,7 +169,7 @@ class Gradients:
         cfg = self._compression
         if not isinstance(cfg, DGCConfig) or not cfg.momentum:
             return None
-        plain = [index for bucket in self.buckets if bucket.method != cfg.name for index in bucket.members]
+        plain = bucketing.members_without(cfg.name, self.buckets)
         return PlainMomentum(cfg.momentum, {index: self._parameters[index] for index in plain})
 
     def zero(self) -> None:
