@@ -33,7 +33,11 @@ RUNS: dict[str, tuple[int, str, str]] = {
     "language model": (2, "transformer_lm", LM),
     "gpipe": (2, "mnist_mlp", f"{MLP} {PIPELINE} parallel.schedule=gpipe"),
     "1f1b": (2, "transformer_lm", f"{LM} {PIPELINE} compression=topk compression.min_numel=64"),
-    "interleaved": (2, "mnist_mlp", f"{MLP} {PIPELINE} parallel.schedule=interleaved parallel.parts_per_stage=2"),
+    "interleaved": (
+        2,
+        "mnist_mlp",
+        f"{MLP} {PIPELINE} parallel.schedule=interleaved parallel.virtual_stages_per_rank=2",
+    ),
     "zb_h1": (2, "mnist_mlp", f"{MLP} {PIPELINE} parallel.schedule=zb_h1"),
     "hybrid": (3, "mnist_mlp", f"{MLP} {PIPELINE} parallel.replicas_per_stage=[2,1]"),
     "server": (3, "mnist_mlp", f"{MLP} parallel=parameter_server compression=int8"),

@@ -104,7 +104,7 @@ def train(cfg: LinearRegressionConfig) -> dict[str, Any]:
     cfg.compression = choose_compression(cfg, model, train_set, topology)
     gradients = build_gradients(cfg, model, optimizer)
     checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer, gradients), runtime, topology)
-    plan = TrainingSampler.of(cfg, len(train_set), topology, checkpoints.restore())
+    plan = TrainingSampler.from_config(cfg, len(train_set), topology, checkpoints.restore())
     train_step = make_train_step(model, optimizer, gradients, cfg)
 
     run = RunLog(cfg, RECIPE, plan, runtime)
@@ -118,7 +118,7 @@ def train(cfg: LinearRegressionConfig) -> dict[str, Any]:
             gradients.sync_weights()
             run.log(step, **evaluate(model, solution))
         checkpoints.save_if_due(step, sums, plan)
-    return run.finish(gradients.buckets, runtime.assert_weights_in_sync(model, topology.groups), model.bubbles())
+    return run.finish(gradients.buckets, runtime.assert_weights_in_sync(model, topology.groups), model.bubble_report())
 
 
 def main() -> None:

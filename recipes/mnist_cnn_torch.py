@@ -108,7 +108,9 @@ def train(cfg: MnistCNNConfig) -> dict[str, Any]:
     cfg.compression = choose_compression(cfg, model, images, topology)
     gradients = build_gradients(cfg, model, optimizer)
     checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer, gradients), runtime, topology)
-    plan = TrainingSampler.of(cfg, len(train_set), topology, checkpoints.restore(), drawn_classes(cfg.data, images))
+    plan = TrainingSampler.from_config(
+        cfg, len(train_set), topology, checkpoints.restore(), drawn_classes(cfg.data, images)
+    )
     weights = runtime.to_tensor(class_weights(cfg.data, images), cfg.precision, device)
     loss_function = partial(loss_sum, class_weights=weights)
 
@@ -124,7 +126,7 @@ def train(cfg: MnistCNNConfig) -> dict[str, Any]:
             gradients.sync_weights()
             run.log(step, **evaluate(model, test_set, topology, cfg))
         checkpoints.save_if_due(step, sums, plan)
-    return run.finish(gradients.buckets, runtime.assert_weights_in_sync(model, topology.groups), model.bubbles())
+    return run.finish(gradients.buckets, runtime.assert_weights_in_sync(model, topology.groups), model.bubble_report())
 
 
 def main() -> None:

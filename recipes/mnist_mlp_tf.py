@@ -111,7 +111,9 @@ def train(cfg: MnistMLPConfig) -> dict[str, Any]:
     cfg.compression = choose_compression(cfg, model, images, topology)
     gradients = build_gradients(cfg, model, optimizer)
     checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer, gradients), runtime, topology)
-    plan = TrainingSampler.of(cfg, len(train_set), topology, checkpoints.restore(), drawn_classes(cfg.data, images))
+    plan = TrainingSampler.from_config(
+        cfg, len(train_set), topology, checkpoints.restore(), drawn_classes(cfg.data, images)
+    )
     weights = runtime.to_tensor(class_weights(cfg.data, images), cfg.precision)
     train_step = make_train_step(model, partial(loss_sum, class_weights=weights), optimizer, gradients, cfg)
 
@@ -127,7 +129,7 @@ def train(cfg: MnistMLPConfig) -> dict[str, Any]:
             gradients.sync_weights()
             run.log(step, **evaluate(model, test_set, topology, cfg))
         checkpoints.save_if_due(step, sums, plan)
-    return run.finish(gradients.buckets, runtime.assert_weights_in_sync(model, topology.groups), model.bubbles())
+    return run.finish(gradients.buckets, runtime.assert_weights_in_sync(model, topology.groups), model.bubble_report())
 
 
 def main() -> None:

@@ -90,7 +90,7 @@ def evaluate(model: Stage, windows: Windows, topology: Topology, cfg: Transforme
     """Loss and perplexity per token, and bits per byte; each example is counted once, on one rank."""
     loss = count = 0.0
     for part in sampler.evaluation_batches(len(windows), EVALUATION_BATCH, topology):
-        inputs, targets = runtime.to_tensors(windows.take(part), cfg.precision)
+        inputs, targets = runtime.to_tensors(windows.get_batch(part), cfg.precision)
         logits, targets = forward(model, inputs, targets)
         loss += float(loss_sum(logits, targets))
         count += len(targets)
@@ -124,7 +124,7 @@ def train(cfg: TransformerLMConfig) -> dict[str, Any]:
     extras = {"tokenizer": corpus.tokenizer.to_json()}
     state = State(model, optimizer, gradients)
     checkpoints = Checkpoints(cfg, RECIPE, corpus.train.fingerprint, state, runtime, topology, extras)
-    plan = TrainingSampler.of(cfg, len(corpus.train), topology, checkpoints.restore())
+    plan = TrainingSampler.from_config(cfg, len(corpus.train), topology, checkpoints.restore())
     train_step = make_train_step(model, optimizer, gradients, cfg)
 
     run = RunLog(cfg, RECIPE, plan, runtime)
@@ -139,7 +139,7 @@ def train(cfg: TransformerLMConfig) -> dict[str, Any]:
             gradients.sync_weights()
             run.log(step, **evaluate(model, corpus.test, topology, cfg))
         checkpoints.save_if_due(step, sums, plan)
-    return run.finish(gradients.buckets, runtime.assert_weights_in_sync(model, topology.groups), model.bubbles())
+    return run.finish(gradients.buckets, runtime.assert_weights_in_sync(model, topology.groups), model.bubble_report())
 
 
 def main() -> None:

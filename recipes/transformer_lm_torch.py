@@ -75,7 +75,7 @@ def evaluate(model: Stage, windows: Windows, topology: Topology, cfg: Transforme
     model.eval()
     loss = count = 0.0
     for part in sampler.evaluation_batches(len(windows), EVALUATION_BATCH, topology):
-        inputs, targets = runtime.to_tensors(windows.take(part), cfg.precision, runtime.device(topology))
+        inputs, targets = runtime.to_tensors(windows.get_batch(part), cfg.precision, runtime.device(topology))
         logits, targets = forward(model, inputs, targets)
         loss += loss_sum(logits, targets).item()
         count += len(targets)
@@ -110,7 +110,7 @@ def train(cfg: TransformerLMConfig) -> dict[str, Any]:
     extras = {"tokenizer": corpus.tokenizer.to_json()}
     state = State(model, optimizer, gradients)
     checkpoints = Checkpoints(cfg, RECIPE, corpus.train.fingerprint, state, runtime, topology, extras)
-    plan = TrainingSampler.of(cfg, len(corpus.train), topology, checkpoints.restore())
+    plan = TrainingSampler.from_config(cfg, len(corpus.train), topology, checkpoints.restore())
 
     run = RunLog(cfg, RECIPE, plan, runtime)
     for step, batch in run.steps(corpus.train):
@@ -124,7 +124,7 @@ def train(cfg: TransformerLMConfig) -> dict[str, Any]:
             gradients.sync_weights()
             run.log(step, **evaluate(model, corpus.test, topology, cfg))
         checkpoints.save_if_due(step, sums, plan)
-    return run.finish(gradients.buckets, runtime.assert_weights_in_sync(model, topology.groups), model.bubbles())
+    return run.finish(gradients.buckets, runtime.assert_weights_in_sync(model, topology.groups), model.bubble_report())
 
 
 def main() -> None:

@@ -290,7 +290,7 @@ def of_image_shards(folder: Path) -> Target:
         datasets.prepare(cfg, ALONE)
         for split in datasets.load_images(cfg):
             split.classes[:]
-            split.take(np.array([0, len(split) - 1]))
+            split.get_batch(np.array([0, len(split) - 1]))
 
     names = [shards.INDEX] * 8 + [path.name for path in sorted(out.glob("*.bin"))]
     return Target(out, names, read, lambda name: sign_shards(out, name))
@@ -307,7 +307,7 @@ def of_text_shards(folder: Path) -> Target:
         datasets.prepare(cfg, ALONE)
         corpus = datasets.load_text(cfg, 8)
         for windows in (corpus.train, corpus.test):
-            inputs, _ = windows.take(np.array([0, len(windows) - 1]))
+            inputs, _ = windows.get_batch(np.array([0, len(windows) - 1]))
             corpus.tokenizer.decode(inputs.ravel().tolist())
         corpus.tokenizer.encode("other words")
 
@@ -369,7 +369,7 @@ def of_checkpoint(folder: Path) -> Target:
 
     def read(_: random.Random) -> None:
         found = checkpoint.find(out)
-        plan = TrainingSampler.of(cfg, 100, ALONE, found.state)
+        plan = TrainingSampler.from_config(cfg, 100, ALONE, found.state)
         plan.progress(plan.start)
         plan.batch_sizes.at(plan.start.step + 1)
         dict(leaves(found.state["config"]))

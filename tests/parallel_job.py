@@ -28,7 +28,7 @@ _SERVER = ["parallel=parameter_server"]
 _SCHEDULES = {
     "gpipe": [*_PIPELINE, "parallel.schedule=gpipe"],
     "zb_h1": [*_PIPELINE, "parallel.schedule=zb_h1"],
-    "interleaved": [*_PIPELINE, "parallel.schedule=interleaved", "parallel.parts_per_stage=2"],
+    "interleaved": [*_PIPELINE, "parallel.schedule=interleaved", "parallel.virtual_stages_per_rank=2"],
 }
 _TWO_STAGES = {"1f1b": _PIPELINE, "sharded": ["optimizer.sharded=true"]}
 _FOUR_STAGES = {"four stages": [*_PIPELINE, "parallel.pipeline_stages=4"]}

@@ -57,7 +57,7 @@ def run(
     cfg = compose("mnist_mlp", [f"run.dir={folder}", "train.max_steps=10", "train.checkpoint_every=3", *overrides])
     numbers = Numbers()
     checkpoints = Checkpoints(cfg, recipe, data, numbers, OneRank(), ALONE, {"tokenizer": "abc"})
-    plan = TrainingSampler.of(cfg, 1000, ALONE, checkpoints.restore())
+    plan = TrainingSampler.from_config(cfg, 1000, ALONE, checkpoints.restore())
     for step in plan.steps():
         numbers.weight += 1
         numbers.moment += 2
@@ -294,7 +294,7 @@ def test_writing_does_not_hold_up_training(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(checkpoint, "write", slowly)
     cfg = compose("mnist_mlp", [f"run.dir={tmp_path}", "train.checkpoint_every=3"])
     checkpoints = Checkpoints(cfg, "mnist_mlp_torch", "data", Numbers(), OneRank(), ALONE)
-    plan = TrainingSampler.of(cfg, 1000, ALONE, checkpoints.restore())
+    plan = TrainingSampler.from_config(cfg, 1000, ALONE, checkpoints.restore())
     for step in plan.steps():
         checkpoints.save_if_due(step, SUMS, plan)
         if step.number == 5:

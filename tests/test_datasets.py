@@ -39,7 +39,7 @@ def test_digits_are_a_fixed_split_of_28_by_28_images() -> None:
     assert train.images.shape == (1437, 28, 28)
     digest = hashlib.sha256(train.images[:].tobytes() + test.classes[:].tobytes()).hexdigest()
     assert digest[:16] == "a16267b8110cae6f"
-    images, classes = test.take(np.array([0, 3]))
+    images, classes = test.get_batch(np.array([0, 3]))
     assert images.dtype == np.float32
     assert (images.min(), images.max() > 0.9) == (0, True)
     assert classes.tolist() == test.classes[np.array([0, 3])].tolist()

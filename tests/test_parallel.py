@@ -138,16 +138,16 @@ def test_a_signal_stops_servers_and_workers_after_the_same_step(framework: str, 
 
 
 def test_clocks_keep_workers_within_the_bound() -> None:
-    clocks = StalenessTracker([3, 4], max_staleness=2)
+    tracker = StalenessTracker([3, 4], max_staleness=2)
     for _ in range(2):
-        clocks.tick(3)
-        assert clocks.may_go_on(3)
-    clocks.tick(3)
-    assert not clocks.may_go_on(3)
-    clocks.tick(4)
-    assert clocks.may_go_on(3)
-    assert (clocks.slowest, clocks.fastest) == (1, 3)
-    assert (clocks.take_staleness(), clocks.take_staleness()) == (2, 0)
+        tracker.advance(3)
+        assert tracker.may_go_on(3)
+    tracker.advance(3)
+    assert not tracker.may_go_on(3)
+    tracker.advance(4)
+    assert tracker.may_go_on(3)
+    assert (tracker.slowest, tracker.fastest) == (1, 3)
+    assert (tracker.take_staleness(), tracker.take_staleness()) == (2, 0)
 
 
 def test_lanes_are_cut_alike_on_all_ranks_that_have_them() -> None:
@@ -170,7 +170,11 @@ def test_lanes_are_cut_alike_on_all_ranks_that_have_them() -> None:
         (4, "parallel=pipeline parallel.replicas_per_stage=[1,2]", "replicas_per_stage=[1,2]: must be one number for"),
         (2, "parallel=pipeline parallel.num_micro_batches=5", "num_micro_batches=5: must divide the examples of one"),
         (2, "parallel=pipeline parallel.schedule=zigzag", "parallel.schedule=zigzag: must be one of gpipe|1f1b"),
-        (2, "parallel=pipeline parallel.schedule=interleaved", "parts_per_stage=1: must be at least 2 with schedule"),
+        (
+            2,
+            "parallel=pipeline parallel.schedule=interleaved",
+            "virtual_stages_per_rank=1: must be at least 2 with schedule",
+        ),
         (2, "parallel=pipeline compression=auto", "compression=auto: measures parallel=data"),
         (
             2,

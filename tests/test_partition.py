@@ -21,11 +21,11 @@ def test_no_cut_is_better(seed: int) -> None:
     num_layers = int(random.integers(1, 10))
     costs = random.integers(0, 8, num_layers).tolist()
     has_weights = (random.random(num_layers) < 0.7).tolist()
-    for num_parts in range(1, sum(has_weights) + 1):
-        boundaries = balanced(costs, has_weights, num_parts)
-        assert problem(boundaries, has_weights, num_parts) is None
-        cuts = combinations(range(1, num_layers), num_parts - 1)
-        valid = (cut for cut in cuts if problem(cut, has_weights, num_parts) is None)
+    for num_chunks in range(1, sum(has_weights) + 1):
+        boundaries = balanced(costs, has_weights, num_chunks)
+        assert problem(boundaries, has_weights, num_chunks) is None
+        cuts = combinations(range(1, num_layers), num_chunks - 1)
+        valid = (cut for cut in cuts if problem(cut, has_weights, num_chunks) is None)
         assert value(boundaries, costs) == min(value(cut, costs) for cut in valid)
 
 
@@ -43,10 +43,10 @@ def test_layers_without_weights_stay_with_one_that_has_some() -> None:
     assert balanced([9, 1, 0, 0, 1, 9], has_weights, 2) in ([2], [3], [4])
 
 
-@pytest.mark.parametrize("num_parts", [0, 3])
-def test_too_few_layers_with_weights_are_refused(num_parts: int) -> None:
-    with pytest.raises(ValueError, match=f"2 layers with weights cannot make {num_parts} parts"):
-        balanced([1, 1, 1], [True, False, True], num_parts)
+@pytest.mark.parametrize("num_chunks", [0, 3])
+def test_too_few_layers_with_weights_are_refused(num_chunks: int) -> None:
+    with pytest.raises(ValueError, match=f"2 layers with weights cannot make {num_chunks} parts"):
+        balanced([1, 1, 1], [True, False, True], num_chunks)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_schedules_are_valid_and_as_good_as_in_theory(name: str, num_stages: int
         schedules = make(name, layout)
         check(schedules, layout)
         timeline = simulate(schedules, layout)
-        in_theory = bubble(name, num_stages, num_micro_batches, layout.parts_per_stage)
+        in_theory = bubble(name, num_stages, num_micro_batches, layout.virtual_stages_per_rank)
         of_1f1b = bubble("1f1b", num_stages, num_micro_batches)
         if name in ("gpipe", "1f1b") or num_micro_batches >= num_stages:
             assert timeline.bubble == pytest.approx([in_theory] * num_stages)
@@ -67,8 +67,8 @@ def test_one_stage_takes_its_micro_batches_in_turn(name: str, num_replicas: int)
 @pytest.mark.parametrize("replicas", [(2, 2), (3, 1), (4, 6), (1, 2, 3)])
 def test_each_micro_batch_is_handled_once_per_part(replicas: tuple[int, ...]) -> None:
     layout = Layout(replicas, 5, 2)
-    for part in range(layout.num_parts):
-        stage = [rank for rank in range(layout.num_ranks) if part in layout.parts_of(rank)]
+    for part in range(layout.num_chunks):
+        stage = [rank for rank in range(layout.num_ranks) if part in layout.chunks_of(rank)]
         assert [layout.replica_of(rank) for rank in stage] == list(range(replicas[part % len(replicas)]))
         handled = {each: rank for rank in stage for each in layout.micro_batches_of(rank)}
         assert handled == {each: layout.rank_of(part, each) for each in range(5 * layout.num_lanes)}
@@ -91,7 +91,7 @@ def test_transfers_overlap_with_computations() -> None:
 
 def test_the_costliest_part_sets_the_pace() -> None:
     layout = Layout((1, 1), 8)
-    timeline = simulate(make("1f1b", layout), layout, Costs(part_costs=(1, 3)))
+    timeline = simulate(make("1f1b", layout), layout, Costs(chunk_costs=(1, 3)))
     assert timeline.makespan == 1 + 8 * 9 + 2
     assert timeline.bubble[0] > 0.6 > 0.1 > timeline.bubble[1]
 

@@ -87,7 +87,7 @@ def test_three_replicas_and_one() -> None:
 
 
 def test_parts_of_a_stage_hold_what_each_of_them_keeps() -> None:
-    interleaved = ("parallel.schedule=interleaved", "parallel.parts_per_stage=2", "optimizer=adamw")
+    interleaved = ("parallel.schedule=interleaved", "parallel.virtual_stages_per_rank=2", "optimizer=adamw")
     plan = plan_of(2, "parallel=pipeline", *interleaved)
     assert plan.memory(0)["activations"] == plan.micro_batches_held(0) * 100
     assert plan.memory(0)["optimizer"] == 2 * 20 * 4

@@ -24,7 +24,7 @@ ALONE = Topology(0, 1, 0, 1)
 def rates(*overrides: str) -> list[float]:
     """The learning rate of each of ten steps."""
     cfg = compose("mnist_mlp", ["train.max_steps=10", "optimizer.lr=2", *overrides])
-    return [learning_rate(step, cfg) for step in TrainingSampler.of(cfg, 1000, ALONE).steps()]
+    return [learning_rate(step, cfg) for step in TrainingSampler.from_config(cfg, 1000, ALONE).steps()]
 
 
 def test_cosine_falls_to_its_fraction_and_constant_does_not() -> None:

@@ -27,7 +27,7 @@ def record(folder: Path, rank: int = 0, loss: float = 0.5, restored: Mapping[str
     """A run of two steps over ten examples, on rank `rank` of two."""
     overrides = [f"run.dir={folder}", "train.global_batch_size=5", "train.epochs=1", "train.log_every=1"]
     cfg = compose("mnist_mlp", [*overrides, "data.ledger=true"])
-    plan = TrainingSampler.of(cfg, 10, Topology(rank, 2, rank, 2), restored)
+    plan = TrainingSampler.from_config(cfg, 10, Topology(rank, 2, rank, 2), restored)
     run = RunLog(cfg, "some_recipe_torch", plan, OneRank())
     for step, _ in run.steps(NUMBERS):
         run.record(step, 0.1, StepMetrics(loss, 0, 0, 0, wire_bytes=[1000]))
@@ -129,7 +129,7 @@ def test_a_line_of_progress_fits_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    plan = TrainingSampler.of(compose("mnist_mlp", ["train.max_steps=9"]), 1000, Topology(0, 1, 0, 1))
+    plan = TrainingSampler.from_config(compose("mnist_mlp", ["train.max_steps=9"]), 1000, Topology(0, 1, 0, 1))
     step = next(plan.steps())
     for columns in (20, 80, 200):
         monkeypatch.setenv("COLUMNS", str(columns))
@@ -142,7 +142,7 @@ def test_a_line_of_progress_fits_the_terminal(
 
 def test_one_rank_is_not_one_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cfg = compose("mnist_mlp", [f"run.dir={tmp_path}"])
-    RunLog(cfg, "some_recipe_torch", TrainingSampler.of(cfg, 10, Topology(0, 1, 0, 1)), OneRank())
+    RunLog(cfg, "some_recipe_torch", TrainingSampler.from_config(cfg, 10, Topology(0, 1, 0, 1)), OneRank())
     said = capsys.readouterr().out
     assert said.startswith("some_recipe_torch: 1 rank, 10 examples")
     assert "note: train.global_batch_size=64: a step takes all 10 examples, as there are no more" in said

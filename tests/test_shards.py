@@ -88,7 +88,7 @@ def test_sharded_text_is_the_text_in_memory(tmp_path: Path, kind: TokenizerKind,
         assert np.array_equal(one.tokens[:], other.tokens[:])
         assert (one.fingerprint, one.num_bytes, len(one)) == (other.fingerprint, other.num_bytes, len(other))
         chosen = np.random.default_rng(0).permutation(len(one))[:50]
-        for some, same in zip(one.take(chosen), other.take(chosen), strict=True):
+        for some, same in zip(one.get_batch(chosen), other.get_batch(chosen), strict=True):
             assert np.array_equal(some, same)
     assert sharded.train.fingerprint != sharded.test.fingerprint
 
@@ -100,7 +100,7 @@ def test_sharded_images_are_the_images_in_memory(idx: Path, images: Path) -> Non
         assert one.fingerprint == other.fingerprint
         assert len(one) == len(other)
         for chosen in (np.array([19, 0, 7, 7, 6]), slice(3, 18)):
-            for some, same in zip(one.take(chosen), other.take(chosen), strict=True):
+            for some, same in zip(one.get_batch(chosen), other.get_batch(chosen), strict=True):
                 assert (some.dtype, some.tolist()) == (same.dtype, same.tolist())
     assert len(list(images.glob("train-images-*.bin"))) == 8
     assert len(list(images.glob("train-classes-*.bin"))) == 1
@@ -149,9 +149,9 @@ def test_only_the_shards_that_are_asked_for_are_opened(tokens: Path) -> None:
     for path in tokens.glob("train-tokens-*.bin"):
         if path.name != "train-tokens-00002.bin":
             path.unlink()
-    assert corpus.train.take(np.array([14]))[0].shape == (1, 10)
+    assert corpus.train.get_batch(np.array([14]))[0].shape == (1, 10)
     with pytest.raises(ConfigError, match=r"train-tokens-00000\.bin is missing"):
-        corpus.train.take(np.array([0]))
+        corpus.train.get_batch(np.array([0]))
 
 
 def changed_byte(path: Path) -> None:
@@ -317,18 +317,18 @@ def test_shards_hold_no_number_that_the_model_lacks(images: Path) -> None:
     path = images / "train-classes-00000.bin"
     path.write_bytes(b"\x0a" + path.read_bytes()[1:])
     train, _ = datasets.load_images(image_config(images))
-    assert len(train.take(np.array([1, 2]))[1]) == 2
+    assert len(train.get_batch(np.array([1, 2]))[1]) == 2
     for items in (np.array([0, 1]), slice(0, 2)):
         with pytest.raises(
             ConfigError, match=r"train-classes-00000\.bin .* has the number 10, and all must be below 10"
         ):
-            train.take(items)
+            train.get_batch(items)
 
 
 def test_a_folder_of_shards_may_be_reached_by_a_link(tokens: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tokens)
     datasets.prepare(text_config(tmp_path / "link"), ALONE)
-    assert len(datasets.load_text(text_config(tmp_path / "link"), 8).train.take(np.array([0]))[0]) == 1
+    assert len(datasets.load_text(text_config(tmp_path / "link"), 8).train.get_batch(np.array([0]))[0]) == 1
 
 
 def test_what_does_not_fit_the_recipe_is_refused(images: Path, tokens: Path) -> None:

@@ -105,14 +105,14 @@ def test_the_tokenizers_library_is_imported_for_bpe_only() -> None:
 def test_windows_are_inputs_and_the_tokens_after_them() -> None:
     windows = Windows.of(np.arange(12, dtype=np.uint8), 3, 12)
     assert [len(Windows.of(np.arange(size), 3, size)) for size in (0, 1, 3, 4, 6, 7)] == [0, 0, 0, 1, 1, 2]
-    inputs, targets = windows.take(np.array([2, 0]))
+    inputs, targets = windows.get_batch(np.array([2, 0]))
     assert inputs.tolist() == [[6, 7, 8], [0, 1, 2]]
     assert targets.tolist() == [[7, 8, 9], [1, 2, 3]]
     assert inputs.dtype == targets.dtype == np.int64
-    for whole, parts in zip(windows.take(slice(None)), windows.take(np.arange(3)), strict=True):
+    for whole, parts in zip(windows.get_batch(slice(None)), windows.get_batch(np.arange(3)), strict=True):
         assert np.array_equal(whole, parts)
     with pytest.raises(IndexError):
-        windows.take(np.array([3]))
+        windows.get_batch(np.array([3]))
 
 
 def test_the_default_is_the_language_reference_with_a_tenth_held_out() -> None:

@@ -45,7 +45,7 @@ def script(framework: str) -> ModuleType:
 def data(num_train: int, num_test: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Digits to train and to test."""
     train, test = digits.load()
-    return [train.take(slice(num_train)), test.take(slice(num_test))]
+    return [train.get_batch(slice(num_train)), test.get_batch(slice(num_test))]
 
 
 @pytest.mark.ranks(2, 3)
@@ -99,7 +99,7 @@ def test_fit_gives_the_curve_of_the_recipe(framework: str, shared_path: Path) ->
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
-    train, test = (split.take(slice(None)) for split in digits.load())
+    train, test = (split.get_batch(slice(None)) for split in digits.load())
     size = cfg.train.global_batch_size
     history = model.fit(
         fit.ShardedBatches(*train, size, topology, seed=cfg.seed),

@@ -24,14 +24,14 @@ class Batches(keras.utils.PyDataset):
     def __init__(self, cfg: RunConfig, examples: Examples) -> None:
         super().__init__()
         self._examples = examples
-        self._steps = list(TrainingSampler.of(cfg, len(examples), runtime.init()).steps())
+        self._steps = list(TrainingSampler.from_config(cfg, len(examples), runtime.init()).steps())
 
     def __len__(self) -> int:
         return len(self._steps)
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         step = self._steps[number]
-        return self._examples.take(step.examples, step.epoch)
+        return self._examples.get_batch(step.examples, step.epoch)
 
 
 class Clock(keras.callbacks.Callback):

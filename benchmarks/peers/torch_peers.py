@@ -50,8 +50,8 @@ def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 def steps(cfg: RunConfig, examples: Examples, topology: Topology) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's inputs and targets of each step."""
-    for step in TrainingSampler.of(cfg, len(examples), topology).steps():
-        inputs, targets = examples.take(step.examples, step.epoch)
+    for step in TrainingSampler.from_config(cfg, len(examples), topology).steps():
+        inputs, targets = examples.get_batch(step.examples, step.epoch)
         yield torch.from_numpy(inputs), torch.from_numpy(targets)
 
 

@@ -421,7 +421,7 @@ class PipelineConfig(ParallelConfig):
     """Number of ranks that share the work of each stage, such as [3,1]; []: equally many for all stages."""
     schedule: str = MISSING
     """The order of forward and backward passes, one of PIPELINE_SCHEDULES (common/parallel/pipeline_schedule.py)."""
-    parts_per_stage: int = MISSING
+    virtual_stages_per_rank: int = MISSING
     """Number of model chunks per stage; more than 1 requires schedule=interleaved."""
     balance: StageBalance = MISSING
     boundaries: list[int] = MISSING

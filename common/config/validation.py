@@ -73,7 +73,7 @@ _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], float, str]] = {
     "model.width": (operator.ge, 1, "at least 1"),
     "model.context": (operator.ge, 1, "at least 1"),
     "parallel.num_micro_batches": (operator.ge, 1, "at least 1"),
-    "parallel.parts_per_stage": (operator.ge, 1, "at least 1"),
+    "parallel.virtual_stages_per_rank": (operator.ge, 1, "at least 1"),
     "parallel.max_staleness": (operator.ge, 0, "at least 0; 0 is sync"),
     "precision.initial_loss_scale": (operator.ge, 1, "at least 1; 65536 is usual"),
     "precision.growth_steps": (operator.ge, 1, "at least 1; 2000 is usual"),
@@ -168,10 +168,10 @@ def _parallel_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
 def _pipeline_problems(parallel: PipelineConfig, batch: int, topology: Topology) -> Iterator[str]:
     if parallel.schedule not in PIPELINE_SCHEDULES:
         yield f"parallel.schedule={parallel.schedule}: must be one of {'|'.join(PIPELINE_SCHEDULES)}"
-    elif (parallel.schedule == "interleaved") != (parallel.parts_per_stage > 1):
+    elif (parallel.schedule == "interleaved") != (parallel.virtual_stages_per_rank > 1):
         yield (
-            f"parallel.parts_per_stage={parallel.parts_per_stage}: must be at least 2 with schedule=interleaved, "
-            "and 1 with the others"
+            f"parallel.virtual_stages_per_rank={parallel.virtual_stages_per_rank}: must be at least 2 with "
+            "schedule=interleaved, and 1 with the others"
         )
     of_lane = batch / topology.num_replicas
     if parallel.num_micro_batches >= 1 and of_lane % parallel.num_micro_batches:

@@ -21,7 +21,7 @@ def read_ahead(steps: Iterable[Step], examples: Examples) -> Iterator[tuple[Step
         while group := wanted.get():
             for step in group:
                 try:
-                    taken.put((step, examples.take(step.examples, step.epoch)))
+                    taken.put((step, examples.get_batch(step.examples, step.epoch)))
                 except BaseException as error:
                     taken.put(error)
 

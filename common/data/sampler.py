@@ -83,7 +83,7 @@ class TrainingSampler:
     classes: np.ndarray | None = None
 
     @classmethod
-    def of(
+    def from_config(
         cls,
         cfg: RunConfig,
         num_examples: int,

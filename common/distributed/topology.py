@@ -14,7 +14,7 @@ from itertools import accumulate
 
 @dataclass(frozen=True)
 class Layout:
-    """Which rank has which model chunks ("parts" in the code) and which micro-batches.
+    """Which rank has which model chunks and which micro-batches.
 
     Ranks are numbered stage by stage. The lanes are divided among the replicas of a stage in order, and micro-batch j
     of lane l has the id j * num_lanes + l.
@@ -22,19 +22,19 @@ class Layout:
     Attributes:
         replicas_per_stage: number of replicas of each stage.
         num_micro_batches: number of micro-batches per lane.
-        parts_per_stage: number of model chunks per stage; 1 unless the schedule is interleaved.
+        virtual_stages_per_rank: number of model chunks per stage; 1 unless the schedule is interleaved.
     """
 
     replicas_per_stage: tuple[int, ...]
     num_micro_batches: int
-    parts_per_stage: int = 1
+    virtual_stages_per_rank: int = 1
 
     def __post_init__(self) -> None:
-        if min(*(self.replicas_per_stage or [0]), self.num_micro_batches, self.parts_per_stage) < 1:
+        if min(*(self.replicas_per_stage or [0]), self.num_micro_batches, self.virtual_stages_per_rank) < 1:
             raise ValueError(f"each number must be at least 1. Received: {self}")
-        if self.num_stages == 1 and self.parts_per_stage > 1:
+        if self.num_stages == 1 and self.virtual_stages_per_rank > 1:
             raise ValueError(
-                f"a single stage has nothing to interleave with: parts_per_stage must be 1. Received: {self}"
+                f"a single stage has nothing to interleave with: virtual_stages_per_rank must be 1. Received: {self}"
             )
 
     @property
@@ -43,9 +43,9 @@ class Layout:
         return len(self.replicas_per_stage)
 
     @property
-    def num_parts(self) -> int:
+    def num_chunks(self) -> int:
         """Number of model chunks."""
-        return self.num_stages * self.parts_per_stage
+        return self.num_stages * self.virtual_stages_per_rank
 
     @property
     def num_ranks(self) -> int:
@@ -79,13 +79,13 @@ class Layout:
         lanes = self.lanes_of(rank)
         return [row * self.num_lanes + lane for row in range(self.num_micro_batches) for lane in lanes]
 
-    def parts_of(self, rank: int) -> range:
+    def chunks_of(self, rank: int) -> range:
         """The model chunks of a rank, ascending."""
-        return range(self.stage_of(rank), self.num_parts, self.num_stages)
+        return range(self.stage_of(rank), self.num_chunks, self.num_stages)
 
-    def rank_of(self, part: int, micro_batch: int) -> int:
+    def rank_of(self, chunk: int, micro_batch: int) -> int:
         """The rank that handles a micro-batch on a model chunk."""
-        stage, lane = part % self.num_stages, micro_batch % self.num_lanes
+        stage, lane = chunk % self.num_stages, micro_batch % self.num_lanes
         return self._first_ranks[stage] + lane * self.replicas_per_stage[stage] // self.num_lanes
 
 

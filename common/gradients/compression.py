@@ -336,13 +336,13 @@ def random_k(vectors: Sequence[Floats], uniforms: Floats, unbiased: bool) -> tup
         unbiased: whether to scale by n / k.
     """
     starts, widths = random_parts(len(vectors[0]), len(uniforms))
-    places = starts + np.minimum((uniforms * widths).astype(np.int64), widths - 1)
-    factor = np.float32(len(vectors[0]) / len(places)) if unbiased else np.float32(1)
+    indices = starts + np.minimum((uniforms * widths).astype(np.int64), widths - 1)
+    factor = np.float32(len(vectors[0]) / len(indices)) if unbiased else np.float32(1)
     summed, errors = np.zeros_like(vectors[0]), []
     for vector in vectors:
-        summed[places] += vector[places] * factor
+        summed[indices] += vector[indices] * factor
         error = vector.copy()
-        error[places] -= vector[places] * factor
+        error[indices] -= vector[indices] * factor
         errors.append(error)
     return summed, errors
 

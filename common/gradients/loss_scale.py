@@ -24,7 +24,7 @@ class LossScale:
     skipped_steps: int = 0
 
     @classmethod
-    def of(cls, cfg: PrecisionConfig) -> "LossScale":
+    def from_config(cls, cfg: PrecisionConfig) -> "LossScale":
         """The loss scale of a configuration."""
         is_scaled = isinstance(cfg, LossScalePrecisionConfig)
         return cls(cfg.initial_loss_scale, cfg.growth_steps) if is_scaled else cls()  # type: ignore[attr-defined]

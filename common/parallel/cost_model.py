@@ -61,14 +61,14 @@ class CostModel:
 
     def __init__(self, cfg: RunConfig, topology: Topology, layers: Sequence[LayerProfile]) -> None:
         self.topology, self.layers = topology, layers
-        self.rank_schedule = RankSchedule.of(cfg.parallel, topology)
+        self.rank_schedule = RankSchedule.from_config(cfg.parallel, topology)
         numels = [sum(layer.weights.values()) for layer in layers]
         costs: Sequence[float] = numels
         if isinstance(cfg.parallel, PipelineConfig) and cfg.parallel.balance is StageBalance.flops:
             costs = [layer.flops for layer in layers]
         self.ranges = model_parts.cut(cfg.parallel, topology.num_stages, numels, costs)
         even = sum(costs) / len(self.ranges)
-        self.costs = [sum(costs[number] for number in of_part) / even for of_part in self.ranges]
+        self.costs = [sum(costs[number] for number in of_chunk) / even for of_chunk in self.ranges]
         self._is_sharded = cfg.optimizer.sharded and topology.world_size > 1
         self._num_moments = _num_moments(cfg)
         self._value_bytes = 8 if cfg.precision.dtype is Dtype.float64 else 4
@@ -88,14 +88,14 @@ class CostModel:
         }
         return {weight: having for weight, having in holders.items() if len(having) > 1}
 
-    def parameters_of_part(self, part: int) -> int:
+    def parameters_of_chunk(self, chunk: int) -> int:
         """Number of values of the weights of a model chunk."""
-        return sum(self._weights_of(self.ranges[part]).values())
+        return sum(self._weights_of(self.ranges[chunk]).values())
 
     def weights_of_stage(self, stage: int) -> dict[int, int]:
         """Number of values of each weight of a stage."""
-        parts = self.ranges[stage :: self.topology.num_stages]
-        return self._weights_of([number for of_part in parts for number in of_part])
+        chunks = self.ranges[stage :: self.topology.num_stages]
+        return self._weights_of([number for of_chunk in chunks for number in of_chunk])
 
     @property
     def owners(self) -> range:
@@ -152,7 +152,7 @@ class CostModel:
     @cached_property
     def timeline(self) -> Timeline:
         """The simulated computations of each rank except for servers, by the costs of the model chunks."""
-        return pipeline_schedule.simulate(self._schedules, self.rank_schedule.layout, Costs(part_costs=self.costs))
+        return pipeline_schedule.simulate(self._schedules, self.rank_schedule.layout, Costs(chunk_costs=self.costs))
 
     def bubble(self, stage: int) -> float:
         """The idle fraction of the step, averaged over the ranks of a stage."""
@@ -167,7 +167,7 @@ class CostModel:
             rank_schedule.schedule,
             self.topology.num_stages,
             rank_schedule.num_micro_batches,
-            rank_schedule.parts_per_stage,
+            rank_schedule.virtual_stages_per_rank,
         )
 
     @cached_property
@@ -193,22 +193,22 @@ class CostModel:
         """Peak bytes of activations, which are held from forward to backward (to backward_weight if it is split)."""
         if rank in self.topology.servers:
             return 0
-        kept = [sum(self.layers[number].kept_bytes for number in of_part) for of_part in self.ranges]
+        kept = [sum(self.layers[number].kept_bytes for number in of_chunk) for of_chunk in self.ranges]
         sign = {Kind.forward: 1, Kind.backward_input: 0}
         spans = self.timeline.spans[self._row(rank)]
-        return max(accumulate(sign.get(span.action.kind, -1) * kept[span.action.part] for span in spans))
+        return max(accumulate(sign.get(span.action.kind, -1) * kept[span.action.chunk] for span in spans))
 
     def _sends(self, rank: int) -> Counter[tuple[Kind, int]]:
         """The number of messages that a rank sends in a step, by kind and model chunk."""
         kinds = (Kind.send_activation, Kind.send_gradient)
         actions = self._schedules[self._row(rank)]
-        return Counter((action.kind, action.part) for action in actions if action.kind in kinds)
+        return Counter((action.kind, action.chunk) for action in actions if action.kind in kinds)
 
     def _sent_bytes(self, rank: int, kind: Kind, distance: int) -> int:
-        """Bytes of a rank's messages of a kind; a message has the output shape of the chunk at `part + distance`."""
-        messages = {part: count for (of_kind, part), count in self._sends(rank).items() if of_kind == kind}
-        values = {part: self.layers[self.ranges[part + distance][-1]].output_values for part in messages}
-        num_values = sum(count * values[part] for part, count in messages.items())
+        """Bytes of a rank's messages of a kind; a message has the output shape of the chunk at `chunk + distance`."""
+        messages = {chunk: count for (of_kind, chunk), count in self._sends(rank).items() if of_kind == kind}
+        values = {chunk: self.layers[self.ranges[chunk + distance][-1]].output_values for chunk in messages}
+        num_values = sum(count * values[chunk] for chunk, count in messages.items())
         return num_values * self._micro_batch_size * self._value_bytes
 
     def _tied_bytes(self, weight: int, rank: int) -> int:

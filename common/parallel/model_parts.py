@@ -21,16 +21,16 @@ def cut(cfg: ParallelConfig, num_stages: int, numels: Sequence[int], costs: Sequ
     """
     if num_stages == 1 or not isinstance(cfg, PipelineConfig):
         return [range(len(numels))]
-    num_parts, has_weights = num_stages * cfg.parts_per_stage, [numel > 0 for numel in numels]
-    if sum(has_weights) < num_parts:
+    num_chunks, has_weights = num_stages * cfg.virtual_stages_per_rank, [numel > 0 for numel in numels]
+    if sum(has_weights) < num_chunks:
         problem_of_model = (
-            f"parallel.pipeline_stages={num_stages}: with parallel.parts_per_stage={cfg.parts_per_stage} that is "
-            f"{num_parts} parts, and the model has {sum(has_weights)} layers with weights; use fewer, or more layers"
+            f"parallel.pipeline_stages={num_stages}: with parallel.virtual_stages_per_rank={cfg.virtual_stages_per_rank} "
+            f"that is {num_chunks} chunks, and the model has {sum(has_weights)} layers with weights; use fewer, or more layers"
         )
         raise ConfigError([problem_of_model])
     if not cfg.boundaries:
-        return ranges(balanced(costs, has_weights, num_parts), len(numels))
-    broken = problem(cfg.boundaries, has_weights, num_parts)
+        return ranges(balanced(costs, has_weights, num_chunks), len(numels))
+    broken = problem(cfg.boundaries, has_weights, num_chunks)
     if broken:
         given = ",".join(map(str, cfg.boundaries))
         raise ConfigError([f"parallel.boundaries=[{given}]: {broken}; leave it out to have the layers balanced"])

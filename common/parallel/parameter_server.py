@@ -21,14 +21,14 @@ class GradientPush(NamedTuple):
         stop: greater than 0 if the worker was asked to stop.
         overflow: greater than 0 if its loss or gradients are not finite.
         lr: the learning rate of its step.
-        pauses: 1 if the worker is at a barrier: there are no gradients, and none follow until all ranks are there.
+        at_barrier: 1 if the worker is at a barrier: there are no gradients, and none follow until all ranks are there.
     """
 
     loss: float = 0.0
     stop: float = 0.0
     overflow: float = 0.0
     lr: float = 0.0
-    pauses: float = 0.0
+    at_barrier: float = 0.0
 
 
 class WeightReply(NamedTuple):
@@ -64,7 +64,7 @@ class Binding(Protocol):
         """The sum of each value over the servers."""
 
 
-def waits(parallel: ParameterServerConfig) -> bool:
+def is_synchronous(parallel: ParameterServerConfig) -> bool:
     """Whether updates are synchronous: each needs the gradients of all workers."""
     return parallel.mode is ParameterServerMode.sync or parallel.max_staleness == 0
 
@@ -79,15 +79,15 @@ class ServerLoop:
         binding: the framework's messages and updates.
 
     Attributes:
-        clocks: counts the steps of each worker.
+        tracker: counts the steps of each worker.
     """
 
     def __init__(self, cfg: RunConfig, parallel: ParameterServerConfig, topology: Topology, binding: Binding) -> None:
-        self._topology, self._binding, self._waits = topology, binding, waits(parallel)
-        self.clocks = StalenessTracker(topology.workers, parallel.max_staleness)
+        self._topology, self._binding, self._is_synchronous = topology, binding, is_synchronous(parallel)
+        self.tracker = StalenessTracker(topology.workers, parallel.max_staleness)
         # The size of Adam's steps does not depend on that of the gradients: each of W workers makes 1 / W of a step.
         is_adam = isinstance(cfg.optimizer, AdamWConfig)
-        self._rate_factor = 1 / len(topology.workers) if is_adam and not self._waits else 1.0
+        self._rate_factor = 1 / len(topology.workers) if is_adam and not self._is_synchronous else 1.0
         self._unanswered: list[int] = []  # workers that wait for the reply to a push
         self._paused: set[int] = set()
         self._arrived: dict[int, Any] = {}  # gradients that wait for those of the other workers
@@ -101,11 +101,11 @@ class ServerLoop:
         Raises:
             TrainingError: the loss is not finite; all workers were told before.
         """
-        step = self.clocks.slowest + 1
+        step = self.tracker.slowest + 1
         self._overflow, self._bytes_sent = 0.0, 0
         if is_asked_to_stop:
             self._request_stop(step)
-        while self.clocks.slowest < step or self._told_of_failure is not None:
+        while self.tracker.slowest < step or self._told_of_failure is not None:
             self._use(*self._binding.next_push())
             self._answer()
         return StepMetrics(
@@ -115,7 +115,7 @@ class ServerLoop:
             self._overflow,
             wire_bytes=[self._bytes_sent * (server == self._topology.rank) for server in self._topology.servers],
             loss_scale=loss_scale,
-            staleness=self.clocks.take_staleness(),
+            staleness=self.tracker.take_staleness(),
         )
 
     @property
@@ -125,27 +125,27 @@ class ServerLoop:
 
     def wait_for_pause(self) -> None:
         """Asynchronous updates: handles pushes until no worker will push before the next barrier."""
-        while not self._waits and self.pushing:
+        while not self._is_synchronous and self.pushing:
             self._use(*self._binding.next_push())
         self._paused.clear()
 
     def _use(self, worker: int, push: GradientPush, gradient: Any) -> None:
         """Handles a push: updates the weights with it, or with all pushes of its step once the last has arrived."""
-        if push.pauses:
+        if push.at_barrier:
             self._paused.add(worker)
             return
-        self.clocks.tick(worker)
-        step = self.clocks.steps[worker]
+        self.tracker.advance(worker)
+        step = self.tracker.steps[worker]
         self._losses[step] += push.loss
         self._overflow += push.overflow
         if push.stop:
             self._request_stop(step)
         self._unanswered.append(worker)
-        if not self._waits:
+        if not self._is_synchronous:
             self._use_at_once(push, gradient)
             return
         self._arrived[worker] = gradient
-        if self.clocks.slowest == step:
+        if self.tracker.slowest == step:
             self._use_together(step)
 
     def _use_at_once(self, push: GradientPush, gradient: Any) -> None:
@@ -167,9 +167,9 @@ class ServerLoop:
         """Sends the weights to all waiting workers that may begin another step."""
         has_failed = self._told_of_failure is not None
         for worker in list(self._unanswered):
-            if has_failed or self.clocks.may_go_on(worker):
-                loss = math.nan if has_failed else self._losses.get(self.clocks.slowest, 0.0)
-                stop = float(self.clocks.steps[worker] >= self._stop_at)
+            if has_failed or self.tracker.may_go_on(worker):
+                loss = math.nan if has_failed else self._losses.get(self.tracker.slowest, 0.0)
+                stop = float(self.tracker.steps[worker] >= self._stop_at)
                 self._bytes_sent += self._binding.send(worker, WeightReply(loss, stop, self._overflow))
                 self._unanswered.remove(worker)
                 if self._told_of_failure is not None:
@@ -180,7 +180,7 @@ class ServerLoop:
 
     def _agreed_stop(self, step: int) -> float:
         """Whether the run stops after a step, the same on all servers; for asynchronous updates server 0 decides."""
-        if self._waits:
+        if self._is_synchronous:
             return float(step >= self._stop_at)
         is_first = self._topology.rank == 0
         decided, asked = self._binding.sum_over_servers(
@@ -192,4 +192,4 @@ class ServerLoop:
 
     def _request_stop(self, step: int) -> None:
         """Requests a stop after a step; for asynchronous updates, after the first step that no worker has finished."""
-        self._stop_at = min(self._stop_at, step if self._waits else self.clocks.fastest + 1)
+        self._stop_at = min(self._stop_at, step if self._is_synchronous else self.tracker.fastest + 1)

@@ -1,6 +1,6 @@
 """Pipeline schedules as plain lists of actions, one list per rank, with a checker, a simulator and a text chart.
 
-The model is cut into consecutive model chunks ("part" in the code), and chunk p is on stage p % num_stages. Each lane
+The model is cut into consecutive model chunks , and chunk p is on stage p % num_stages. Each lane
 of the global batch (see topology.py) is cut into micro-batches. With replicas (2, 1) there are two lanes: each replica
 of stage 0 has one lane, the only replica of stage 1 has both.
 
@@ -66,26 +66,26 @@ class Action:
 
     Attributes:
         kind: the kind of the action.
-        part: the model chunk that computes, or whose input or output (or its gradient) is transferred.
+        chunk: the model chunk that computes, or whose input or output (or its gradient) is transferred.
         micro_batch: the id of the micro-batch.
     """
 
     kind: Kind
-    part: int
+    chunk: int
     micro_batch: int
 
     def __str__(self) -> str:
-        return f"{self.kind}(part {self.part}, micro-batch {self.micro_batch})"
+        return f"{self.kind}(chunk {self.chunk}, micro-batch {self.micro_batch})"
 
     def to(self, kind: Kind) -> "Action":
         """The action of another kind on the same model chunk and micro-batch."""
-        return Action(kind, self.part, self.micro_batch)
+        return Action(kind, self.chunk, self.micro_batch)
 
     @property
     def other_end(self) -> "Action":
         """The receive that belongs to this send, or the send that belongs to this receive."""
         kind, distance = _OTHER_END[self.kind]
-        return Action(kind, self.part + distance, self.micro_batch)
+        return Action(kind, self.chunk + distance, self.micro_batch)
 
 
 def make(name: str, layout: Layout) -> list[list[Action]]:
@@ -117,9 +117,9 @@ def make(name: str, layout: Layout) -> list[list[Action]]:
     """
     if name not in PIPELINE_SCHEDULES:
         raise ValueError(f"a pipeline schedule is one of {', '.join(PIPELINE_SCHEDULES)}. Received: {name}")
-    if layout.num_stages > 1 and (name == "interleaved") != (layout.parts_per_stage > 1):
-        rule = "interleaved needs two or more parts per stage, the others have one"
-        raise ValueError(f"{rule}. Received: {name}, parts_per_stage={layout.parts_per_stage}")
+    if layout.num_stages > 1 and (name == "interleaved") != (layout.virtual_stages_per_rank > 1):
+        rule = "interleaved needs two or more chunks per stage, the others have one"
+        raise ValueError(f"{rule}. Received: {name}, virtual_stages_per_rank={layout.virtual_stages_per_rank}")
     return [_with_transfers(_computations(name, layout, rank), layout) for rank in range(layout.num_ranks)]
 
 
@@ -130,7 +130,7 @@ def _computations(name: str, layout: Layout, rank: int) -> list[Action]:
     micro-batches in flight from that stage to the last one and back. With one chunk per stage, an action never depends
     on an action of another rank that is due later, so there is no deadlock for any numbers of replicas.
     """
-    stage, parts, groups = layout.stage_of(rank), layout.parts_of(rank), _groups(layout)
+    stage, chunks, groups = layout.stage_of(rank), layout.chunks_of(rank), _groups(layout)
     # A rank's lanes are consecutive, so its ticks are, too. If every stage has ranks with several lanes, more
     # micro-batches must be in flight.
     spare = layout.num_lanes - max(layout.replicas_per_stage)
@@ -139,14 +139,14 @@ def _computations(name: str, layout: Layout, rank: int) -> list[Action]:
     if name == "gpipe" and layout.num_stages > 1:
         delay = layout.num_micro_batches * layout.num_lanes
     if name == "interleaved":
-        delay += (layout.parts_per_stage - 1) * len(groups[0]) + sum(after)
-    order = chain.from_iterable(product(range(len(parts)), group) for group in groups)
+        delay += (layout.virtual_stages_per_rank - 1) * len(groups[0]) + sum(after)
+    order = chain.from_iterable(product(range(len(chunks)), group) for group in groups)
     mine = [(tick, turn, each) for tick, (turn, each) in enumerate(order) if layout.rank_of(stage, each) == rank]
     backward = Kind.backward_input if name == "zb_h1" else Kind.backward
-    due = [(tick + delay, Action(backward, parts[-1 - turn], each)) for tick, turn, each in mine]
+    due = [(tick + delay, Action(backward, chunks[-1 - turn], each)) for tick, turn, each in mine]
     if name == "zb_h1":
         due += [(tick + layout.num_ranks + spare, Action(Kind.backward_weight, stage, each)) for tick, _, each in mine]
-    due += [(tick, Action(Kind.forward, parts[turn], each)) for tick, turn, each in mine]
+    due += [(tick, Action(Kind.forward, chunks[turn], each)) for tick, turn, each in mine]
     # The sort is stable: of the actions due at the same tick, those that another rank waits for come first.
     return [action for _, action in sorted(due, key=itemgetter(0))]
 
@@ -174,10 +174,10 @@ def _transfers(action: Action, layout: Layout) -> tuple[Action | None, Action | 
     if action.kind not in _TRANSFERS:
         return None, None
     receive, send, step = _TRANSFERS[action.kind]
-    parts = range(layout.num_parts)
+    chunks = range(layout.num_chunks)
     return (
-        action.to(receive) if action.part - step in parts else None,
-        action.to(send) if action.part + step in parts else None,
+        action.to(receive) if action.chunk - step in chunks else None,
+        action.to(send) if action.chunk + step in chunks else None,
     )
 
 
@@ -210,8 +210,8 @@ def _sequences(rank: int, counts: Counter[Action], layout: Layout) -> Iterator[l
     Raises:
         ScheduleError: the same backward is both whole and split.
     """
-    for part, micro_batch in product(layout.parts_of(rank), layout.micro_batches_of(rank)):
-        forward, whole, *halves = (Action(kind, part, micro_batch) for kind in Kind if not kind.is_transfer)
+    for chunk, micro_batch in product(layout.chunks_of(rank), layout.micro_batches_of(rank)):
+        forward, whole, *halves = (Action(kind, chunk, micro_batch) for kind in Kind if not kind.is_transfer)
         is_split = any(counts[half] for half in halves)
         if is_split and counts[whole]:
             raise ScheduleError(f"rank {rank}: {whole} is there both whole and split")
@@ -231,20 +231,20 @@ class Costs:
         backward_input: the cost of the gradient of the input.
         backward_weight: the cost of the gradient of the weights; a whole backward costs the sum of both.
         send: the time of a transfer from when both ends are posted; it overlaps with computations.
-        part_costs: the cost of each model chunk relative to an even cut; empty: all are 1.
+        chunk_costs: the cost of each model chunk relative to an even cut; empty: all are 1.
     """
 
     forward: float = 1.0
     backward_input: float = 1.0
     backward_weight: float = 1.0
     send: float = 0.0
-    part_costs: Sequence[float] = ()
+    chunk_costs: Sequence[float] = ()
 
     def of(self, action: Action, layout: Layout) -> float:
         """The cost of a computation."""
         whole = self.backward_input + self.backward_weight
         cost: float = whole if action.kind == Kind.backward else getattr(self, action.kind)
-        return cost * (self.part_costs[action.part] if self.part_costs else 1) / layout.parts_per_stage
+        return cost * (self.chunk_costs[action.chunk] if self.chunk_costs else 1) / layout.virtual_stages_per_rank
 
 
 class Span(NamedTuple):
@@ -328,14 +328,14 @@ def _arrival(action: Action, layout: Layout, costs: Costs, posted: dict[Action, 
     return max(posted[receive], posted[receive.other_end]) + costs.send
 
 
-def bubble(name: str, num_stages: int, num_micro_batches: int, parts_per_stage: int = 1) -> float:
+def bubble(name: str, num_stages: int, num_micro_batches: int, virtual_stages_per_rank: int = 1) -> float:
     """The idle fraction of a step in theory, with equal stages and transfers that take no time.
 
     zb_h1 assumes that forward, backward_input and backward_weight cost the same; the others hold for any costs. The
     schedules of make() have exactly this bubble, except for interleaved and zb_h1 with fewer micro-batches than stages:
     there it is larger, because the time of the first micro-batch to the last stage and back then decides.
     """
-    work = num_micro_batches * {"interleaved": parts_per_stage, "zb_h1": 3}.get(name, 1)
+    work = num_micro_batches * {"interleaved": virtual_stages_per_rank, "zb_h1": 3}.get(name, 1)
     return (num_stages - 1) / (work + num_stages - 1)
 
 

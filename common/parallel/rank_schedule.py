@@ -21,27 +21,27 @@ class RankSchedule:
 
     Attributes:
         schedule: the name of the schedule.
-        parts_per_stage: number of model chunks on each stage.
+        virtual_stages_per_rank: number of model chunks on each stage.
         num_micro_batches: number of micro-batches of each lane in a step.
         topology: the place of this rank.
     """
 
     schedule: str
-    parts_per_stage: int
+    virtual_stages_per_rank: int
     num_micro_batches: int
     topology: Topology
 
     @classmethod
-    def of(cls, cfg: ParallelConfig, topology: Topology) -> "RankSchedule":
+    def from_config(cls, cfg: ParallelConfig, topology: Topology) -> "RankSchedule":
         """The configured schedule; with one stage, 1F1B, which then is gradient accumulation."""
         if not isinstance(cfg, PipelineConfig) or topology.num_stages == 1:
             return cls("1f1b", 1, cfg.num_micro_batches, topology)
-        return cls(cfg.schedule, cfg.parts_per_stage, cfg.num_micro_batches, topology)
+        return cls(cfg.schedule, cfg.virtual_stages_per_rank, cfg.num_micro_batches, topology)
 
     @property
     def layout(self) -> Layout:
         """Which rank has which model chunks and micro-batches."""
-        return Layout(self.topology.stages, self.num_micro_batches, self.parts_per_stage)
+        return Layout(self.topology.stages, self.num_micro_batches, self.virtual_stages_per_rank)
 
     def actions(self) -> list[Action]:
         """This rank's actions in a step, in order; empty for a server."""
@@ -56,7 +56,7 @@ class RankSchedule:
     def peer(self, action: Action) -> int:
         """The rank at the other end of a transfer."""
         other = action.other_end
-        return self.topology.num_servers + self.layout.rank_of(other.part, other.micro_batch)
+        return self.topology.num_servers + self.layout.rank_of(other.chunk, other.micro_batch)
 
     def micro_batches(self, num_examples: int) -> dict[int, slice]:
         """For each micro-batch id of this rank, the slice of its examples; sizes differ by at most one.
@@ -71,7 +71,7 @@ class RankSchedule:
                 parts[row * self.topology.num_replicas + lane] = slice(start + first, start + last)
         return parts
 
-    def bubbles(self, times: list[list[float]]) -> dict[str, Any]:
+    def bubble_report(self, times: list[list[float]]) -> dict[str, Any]:
         """The idle fraction of each stage, measured, and the one in theory, with equal costs.
 
         Args:
@@ -86,7 +86,7 @@ class RankSchedule:
             for stage in range(topology.num_stages)
         ]
         theory = pipeline_schedule.bubble(
-            self.schedule, topology.num_stages, self.num_micro_batches, self.parts_per_stage
+            self.schedule, topology.num_stages, self.num_micro_batches, self.virtual_stages_per_rank
         )
         return {"bubble_of_stages": [1 - seconds / longest for seconds in busy], "bubble_in_theory": theory}
 

@@ -32,7 +32,7 @@ class StalenessTracker:
         """Number of steps of the fastest worker."""
         return max(self.steps.values())
 
-    def tick(self, worker: int) -> None:
+    def advance(self, worker: int) -> None:
         """Counts a step of a worker whose gradients have arrived, and notes their staleness."""
         self._staleness = max(self._staleness, self.steps[worker] - self.slowest)
         self.steps[worker] += 1

@@ -147,13 +147,13 @@ def _heading(recipe: str, cfg: RunConfig, plan: CostModel) -> list[str]:
 def _layers(plan: CostModel) -> list[str]:
     """The layers of each model chunk, with its stage and ranks."""
     topology, rows = plan.topology, []
-    for part, of_part in enumerate(plan.ranges):
-        stage, parameters = part % topology.num_stages, plan.parameters_of_part(part)
-        cells = [str(part), str(stage), _span(topology.ranks_of_stage(stage)), _span(of_part), f"{parameters:,}"]
-        rows.append([*cells, _names([plan.layers[number] for number in of_part])])
+    for chunk, of_chunk in enumerate(plan.ranges):
+        stage, parameters = chunk % topology.num_stages, plan.parameters_of_chunk(chunk)
+        cells = [str(chunk), str(stage), _span(topology.ranks_of_stage(stage)), _span(of_chunk), f"{parameters:,}"]
+        rows.append([*cells, _names([plan.layers[number] for number in of_chunk])])
     # With one chunk per stage, the chunk's number is not shown; with one stage, the stage's number neither.
     skipped = 0 if len(plan.ranges) > topology.num_stages else 1 if topology.num_stages > 1 else 2
-    header = ["part", "stage", "ranks", "layers", "parameters", ""]
+    header = ["chunk", "stage", "ranks", "layers", "parameters", ""]
     return _table(header[skipped:], [row[skipped:] for row in rows])
 
 

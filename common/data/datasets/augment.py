@@ -34,9 +34,9 @@ class Augmented:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def take(self, examples: np.ndarray | slice, epoch: int = 0) -> Batch:
+    def get_batch(self, examples: np.ndarray | slice, epoch: int = 0) -> Batch:
         """The inputs and targets of the chosen examples, without augmentation for epoch 0."""
-        images, targets = self.examples.take(examples)
+        images, targets = self.examples.get_batch(examples)
         if epoch and (self.cfg.max_shift or self.cfg.max_rotation):
             numbers = np.arange(len(self))[examples] if isinstance(examples, slice) else examples
             fractions = 2 * uniform(self.seed, epoch, numbers, 3) - 1  # in [-1, 1)

@@ -29,7 +29,7 @@ class Examples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def take(self, examples: np.ndarray | slice, epoch: int = 0) -> Batch:
+    def get_batch(self, examples: np.ndarray | slice, epoch: int = 0) -> Batch:
         """The inputs (B, ...) and targets (B, ...) of the chosen examples.
 
         Args:

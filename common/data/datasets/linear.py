@@ -29,7 +29,7 @@ class Measurements:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def take(self, examples: np.ndarray | slice, epoch: int = 0) -> Batch:
+    def get_batch(self, examples: np.ndarray | slice, epoch: int = 0) -> Batch:
         """Features (B, F) and targets (B, 1) of the chosen examples."""
         return self.features[examples], self.targets[examples]
 

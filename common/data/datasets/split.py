@@ -29,6 +29,6 @@ class ImageDataset:
         """SHA-256 of images and classes, in hexadecimal."""
         return fingerprint(images=self.images, classes=self.classes)
 
-    def take(self, examples: np.ndarray | slice, epoch: int = 0) -> Batch:
+    def get_batch(self, examples: np.ndarray | slice, epoch: int = 0) -> Batch:
         """The chosen examples as input of a model: images (B, 28, 28) float32 in [0, 1], classes (B,) int64."""
         return self.images[examples].astype(np.float32) / 255, self.classes[examples].astype(np.int64)

@@ -54,7 +54,7 @@ class Windows:
     def __len__(self) -> int:
         return max(0, len(self.tokens) - 1) // self.context
 
-    def take(self, examples: np.ndarray | slice, epoch: int = 0) -> Batch:
+    def get_batch(self, examples: np.ndarray | slice, epoch: int = 0) -> Batch:
         """The chosen examples: inputs (B, T) int64 and targets (B, T) int64, each input's next token."""
         numbers = np.arange(*examples.indices(len(self))) if isinstance(examples, slice) else examples.astype(np.int64)
         windows = self.tokens[numbers[:, None] * self.context + np.arange(self.context + 1)]

@@ -45,7 +45,9 @@ class _Measure:
 
     def compute_seconds(self) -> float:
         share = max(1, self.cfg.train.global_batch_size // self.topology.num_replicas)
-        inputs = runtime.to_tensor(self.examples.take(np.arange(min(share, len(self.examples))))[0], self.cfg.precision)
+        inputs = runtime.to_tensor(
+            self.examples.get_batch(np.arange(min(share, len(self.examples))))[0], self.cfg.precision
+        )
         weights = [variable.value for variable in self.model.trainable_variables]
 
         @tf.function

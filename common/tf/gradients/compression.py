@@ -80,13 +80,13 @@ class CompressionGroup:
     Attributes:
         number: number of the group in the model.
         shapes: the shapes of its gradients, which lie one after another in the vector.
-        channel: the communicator for the compressed values.
+        communicator: sends the compressed values.
         seed: the seed of random numbers.
     """
 
     number: int
     shapes: Sequence[tuple[int, ...]]
-    channel: Communicator
+    communicator: Communicator
     seed: int
 
     @property
@@ -135,42 +135,42 @@ class Compressor(ABC):
     """A method to sum the gradients of a compression group over the ranks.
 
     Attributes:
-        kept: the state, by its names in a checkpoint: one variable (n,) for the whole group, or a list with one
+        state: the state, by its names in a checkpoint: one variable (n,) for the whole group, or a list with one
             variable per gradient.
     """
 
-    def __init__(self, cfg: CompressionConfig, unit: CompressionGroup) -> None:
-        self.unit = unit
-        self.kept: dict[str, tf.Variable | list[tf.Variable]] = {}
+    def __init__(self, cfg: CompressionConfig, group: CompressionGroup) -> None:
+        self.group = group
+        self.state: dict[str, tf.Variable | list[tf.Variable]] = {}
 
     @abstractmethod
     def exchange(self, values: tf.Tensor, step: tf.Tensor) -> Exchanged:
-        """Sums values (n,) over the ranks of unit.channel. Steps count from 0."""
+        """Sums values (n,) over the ranks of group.communicator. Steps count from 0."""
 
     @property
     def variables(self) -> list[tf.Variable]:
         """All variables of the state, in order."""
-        return tf.nest.flatten(list(self.kept.values()))
+        return tf.nest.flatten(list(self.state.values()))
 
-    def state(self) -> dict[str, list[tf.Tensor]]:
+    def state_by_gradient(self) -> dict[str, list[tf.Tensor]]:
         """The state by name: one tensor per gradient of the group."""
         return {
-            name: [variable.value() for variable in kept] if isinstance(kept, list) else self.unit.split(kept)
-            for name, kept in self.kept.items()
+            name: [variable.value() for variable in values] if isinstance(values, list) else self.group.split(values)
+            for name, values in self.state.items()
         }
 
     def load(self, state: Mapping[str, Sequence[np.ndarray]]) -> None:
-        """Loads the result of state()."""
-        for name, kept in self.kept.items():
-            if isinstance(kept, list):
-                for variable, array in zip(kept, state[name], strict=True):
+        """Loads the result of state_by_gradient()."""
+        for name, values in self.state.items():
+            if isinstance(values, list):
+                for variable, array in zip(values, state[name], strict=True):
                     variable.assign(array)
             else:
-                kept.assign(np.concatenate([part.reshape(-1) for part in state[name]]))
+                values.assign(np.concatenate([part.reshape(-1) for part in state[name]]))
 
     def exchanged(self, summed: tf.Tensor, error: tf.Tensor, state: Sequence[tf.Tensor] = ()) -> Exchanged:
         """The result, with the number of bytes that the communicator has sent."""
-        num_bytes = tf.cast(self.unit.channel.num_bytes, tf.float64)
+        num_bytes = tf.cast(self.group.communicator.num_bytes, tf.float64)
         return Exchanged(tf.ensure_shape(summed, [None]), error, list(state), num_bytes)
 
 
@@ -179,8 +179,8 @@ class Dense(Compressor):
 
     def exchange(self, values: tf.Tensor, step: tf.Tensor) -> Exchanged:
         """One allreduce of the gradients and of scalars appended to them, whose bytes are not counted."""
-        summed = self.unit.channel.allreduce(values)
-        num_bytes = allreduce_bytes(sum(self.unit.lengths) * values.dtype.size, self.unit.channel.size)
+        summed = self.group.communicator.allreduce(values)
+        num_bytes = allreduce_bytes(sum(self.group.lengths) * values.dtype.size, self.group.communicator.size)
         return Exchanged(summed, tf.zeros(()), [], tf.constant(num_bytes, tf.float64))
 
 
@@ -197,19 +197,19 @@ class Codec(Compressor):
 
     def exchange(self, values: tf.Tensor, step: tf.Tensor) -> Exchanged:
         """See common/gradients/compression.py, two_phases()."""
-        channel = self.unit.channel
-        num_values, me = values.shape[0], channel.rank
-        size = piece_size(num_values, channel.size)
-        pieces = tf.reshape(padded(values, channel.size * size), (channel.size, size))
-        random = self.unit.random(step, me + 1)
+        communicator = self.group.communicator
+        num_values, me = values.shape[0], communicator.rank
+        size = piece_size(num_values, communicator.size)
+        pieces = tf.reshape(padded(values, communicator.size * size), (communicator.size, size))
+        random = self.group.random(step, me + 1)
         codes = self.encode(pieces, random)
-        rows = tf.unstack(self.decode(channel.alltoall(codes), size))
+        rows = tf.unstack(self.decode(communicator.alltoall(codes), size))
         rows[me] = pieces[me]
         total = tf.cumsum(tf.stack(rows))[-1]  # in the order of ranks; TensorFlow reorders other forms of the sum
         code = self.encode(total[None], random)
         errors = tf.unstack(pieces - self.decode(codes, size))
         errors[me] = total - self.decode(code, size)[0]
-        gathered = tf.ensure_shape(channel.allgather(code), codes.shape)
+        gathered = tf.ensure_shape(communicator.allgather(code), codes.shape)
         summed = self.decode(gathered, size)
         return self.exchanged(tf.reshape(summed, [-1])[:num_values], tf.concat(errors, 0)[:num_values])
 
@@ -249,8 +249,8 @@ class ScaledCodec(Codec):
 class Sparse(Compressor):
     """Some of the values, with their indices, by allgather."""
 
-    def __init__(self, cfg: SparseConfig, unit: CompressionGroup) -> None:
-        super().__init__(cfg, unit)
+    def __init__(self, cfg: SparseConfig, group: CompressionGroup) -> None:
+        super().__init__(cfg, group)
         self.dtype = wire_dtype(cfg.values)
 
     @abstractmethod
@@ -259,16 +259,16 @@ class Sparse(Compressor):
 
     def exchange(self, values: tf.Tensor, step: tf.Tensor) -> Exchanged:
         """Sends int32 indices and values."""
-        places = self.choose(values, step)
-        sent = to_wire(tf.gather(values, places), self.dtype)
-        message = tf.concat([as_bytes(places[None]), as_bytes(sent[None])], 1)
-        received = self.unit.channel.allgather(message)
+        indices = self.choose(values, step)
+        sent = to_wire(tf.gather(values, indices), self.dtype)
+        message = tf.concat([as_bytes(indices[None]), as_bytes(sent[None])], 1)
+        received = self.group.communicator.allgather(message)
         summed = tf.zeros_like(values)
-        for rank in range(self.unit.channel.size):
-            theirs = from_bytes(received[rank : rank + 1, : 4 * tf.size(places)], tf.int32)[0]
-            added = from_bytes(received[rank : rank + 1, 4 * tf.size(places) :], self.dtype)[0]
+        for rank in range(self.group.communicator.size):
+            theirs = from_bytes(received[rank : rank + 1, : 4 * tf.size(indices)], tf.int32)[0]
+            added = from_bytes(received[rank : rank + 1, 4 * tf.size(indices) :], self.dtype)[0]
             summed = scatter_add(summed, theirs, tf.cast(added, tf.float32))
-        return self.exchanged(summed, scatter_add(values, places, -tf.cast(sent, tf.float32)))
+        return self.exchanged(summed, scatter_add(values, indices, -tf.cast(sent, tf.float32)))
 
 
 class Adasum(Compressor):
@@ -276,18 +276,20 @@ class Adasum(Compressor):
 
     def exchange(self, values: tf.Tensor, step: tf.Tensor) -> Exchanged:
         """See common/gradients/compression.py, adasum(); values are the mean gradient of this rank's examples."""
-        channel = self.unit.channel
+        communicator = self.group.communicator
         num_values = values.shape[0]
-        size = piece_size(num_values, channel.size)
+        size = piece_size(num_values, communicator.size)
         # The gradient that each value belongs to; the padding at the end counts as another gradient.
-        lengths = [*self.unit.lengths, channel.size * size - num_values]
-        gradient = np.repeat(np.arange(len(lengths)), lengths).reshape(channel.size, size)[channel.rank]
-        level = tf.unstack(channel.alltoall(tf.reshape(padded(values, channel.size * size), (channel.size, size))))
+        lengths = [*self.group.lengths, communicator.size * size - num_values]
+        gradient = np.repeat(np.arange(len(lengths)), lengths).reshape(communicator.size, size)[communicator.rank]
+        level = tf.unstack(
+            communicator.alltoall(tf.reshape(padded(values, communicator.size * size), (communicator.size, size)))
+        )
         while len(level) > 1:
             pairs = [level[first : first + 2] for first in range(0, len(level) - 1, 2)]
             doubles = [[tf.cast(row, tf.float64) for row in pair] for pair in pairs]
             products = tf.stack([x * y for a, b in doubles for x, y in ((a, b), (a, a), (b, b))], axis=1)
-            sums = channel.allreduce(tf.math.unsorted_segment_sum(products, gradient, len(lengths)))
+            sums = communicator.allreduce(tf.math.unsorted_segment_sum(products, gradient, len(lengths)))
             combined = []
             for (a, b), of_pair in zip(pairs, tf.split(tf.transpose(sums), len(pairs)), strict=True):
                 dot, a_squares, b_squares = tf.unstack(of_pair)
@@ -295,7 +297,7 @@ class Adasum(Compressor):
                 first, second = (tf.gather(tf.cast(weights, values.dtype), gradient) for weights in (first, second))
                 combined.append(first * a + second * b)
             level = combined + level[2 * len(pairs) :]
-        summed = tf.ensure_shape(channel.allgather(level[0]), [channel.size * size])
+        summed = tf.ensure_shape(communicator.allgather(level[0]), [communicator.size * size])
         return self.exchanged(summed[:num_values], tf.zeros(()))
 
 
@@ -303,10 +305,10 @@ class ErrorFeedback(Compressor):
     """Adds the error of the last exchange to the values of the next one."""
 
     def __init__(self, inner: Compressor) -> None:
-        super().__init__(CompressionConfig("error_feedback"), inner.unit)
+        super().__init__(CompressionConfig("error_feedback"), inner.group)
         self._inner = inner
-        self._residual = inner.unit.new_variable()
-        self.kept = {"residual": self._residual, **inner.kept}
+        self._residual = inner.group.new_variable()
+        self.state = {"residual": self._residual, **inner.state}
 
     def exchange(self, values: tf.Tensor, step: tf.Tensor) -> Exchanged:
         """Exchanges the corrected values."""
@@ -318,9 +320,9 @@ class TwoLevel(Compressor):
     """Sums uncompressed within a host; the first ranks of the hosts exchange the compressed sums."""
 
     def __init__(self, inner: Compressor, host: Communicator, is_first: bool) -> None:
-        super().__init__(CompressionConfig("two_level"), inner.unit)
+        super().__init__(CompressionConfig("two_level"), inner.group)
         self._inner, self._host, self._is_first = inner, host, is_first
-        self.kept = inner.kept
+        self.state = inner.state
 
     def exchange(self, values: tf.Tensor, step: tf.Tensor) -> Exchanged:
         """Allreduce within the host, the inner exchange between hosts, broadcast within the host."""
@@ -362,18 +364,18 @@ class PlainMomentum:
         return {index: velocity.value() for index, velocity in self.velocities.items()}
 
     def load(self, state: Mapping[int, np.ndarray]) -> None:
-        """Loads the result of state()."""
+        """Loads the result of state_by_gradient()."""
         for index, velocity in self.velocities.items():
             velocity.assign(state[index])
 
 
-def build(cfg: LossyConfig, unit: CompressionGroup, topology: Topology) -> Compressor:
+def build(cfg: LossyConfig, group: CompressionGroup, topology: Topology) -> Compressor:
     """The configured compressor, with error feedback and the two-level exchange around it if configured."""
-    compressor: Compressor = compressor_class("tf", cfg.name)(cfg, unit)
+    compressor: Compressor = compressor_class("tf", cfg.name)(cfg, group)
     if cfg.error_feedback and not isinstance(cfg, DGCConfig):  # DGC has a residual already
         compressor = ErrorFeedback(compressor)
     if cfg.two_level:
-        host = Communicator(f"gradients.{unit.number}.host", runtime.process_set(topology.ranks_of_host))
+        host = Communicator(f"gradients.{group.number}.host", runtime.process_set(topology.ranks_of_host))
         compressor = TwoLevel(compressor, host, topology.local_rank == 0)
     return compressor
 
@@ -407,9 +409,9 @@ def from_bytes(rows: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
     return tf.bitcast(tf.reshape(rows, (tf.shape(rows)[0], -1, dtype.size)), dtype)
 
 
-def scatter_add(values: tf.Tensor, places: tf.Tensor, added: tf.Tensor) -> tf.Tensor:
-    """The values (n,) with `added` (k,) added at the indices `places` (k,)."""
-    return tf.tensor_scatter_nd_add(values, places[:, None], added)
+def scatter_add(values: tf.Tensor, indices: tf.Tensor, added: tf.Tensor) -> tf.Tensor:
+    """The values (n,) with `added` (k,) added at the indices `indices` (k,)."""
+    return tf.tensor_scatter_nd_add(values, indices[:, None], added)
 
 
 def wire_dtype(values: WireValues) -> tf.DType:

@@ -113,9 +113,9 @@ class Gradients:
         elif isinstance(self._compression, LossyConfig) and bucket.method != NO_COMPRESSION.name:
             if self._compression.two_level:
                 ranks = self._topology.first_ranks_of_hosts
-            channel = Communicator(f"{name}.{bucket.method}", runtime.process_set(ranks))
-            unit = CompressionGroup(number, shapes, channel, self._seed)
-            self._compressors[number] = compression.build(self._compression, unit, self._topology)
+            communicator = Communicator(f"{name}.{bucket.method}", runtime.process_set(ranks))
+            group = CompressionGroup(number, shapes, communicator, self._seed)
+            self._compressors[number] = compression.build(self._compression, group, self._topology)
 
     def _plain_momentum(self) -> PlainMomentum | None:
         """The momentum of gradients that DGC leaves uncompressed."""
@@ -193,14 +193,14 @@ class Gradients:
         """The state of this rank's compressors, by name and index of the variable."""
         state: dict[str, dict[int, tf.Tensor]] = {}
         for number, compressor in self._compressors.items():
-            for name, tensors in compressor.state().items():
+            for name, tensors in compressor.state_by_gradient().items():
                 state.setdefault(name, {}).update(zip(self.buckets[number].members, tensors, strict=True))
         return state | ({"momentum": self._momentum.state()} if self._momentum else {})
 
     def load(self, state: Mapping[str, Mapping[int, np.ndarray]]) -> None:
-        """Loads the result of state()."""
+        """Loads the result of state_by_gradient()."""
         for number, compressor in self._compressors.items():
-            names = compressor.state()
+            names = compressor.state_by_gradient()
             members = self.buckets[number].members
             compressor.load({name: [state[name][index] for index in members] for name in names})
         if self._momentum:
@@ -238,12 +238,12 @@ class Gradients:
         """Exchanges a bucket; the riders are appended to the last bucket."""
         step = tf.cast(self.counters[0], tf.int32)
         dense, compressor = self._dense[number], self._compressors.get(number)
-        dense.unit.channel.begin()
+        dense.group.communicator.begin()
         if compressor is None:
             return dense.exchange(tf.concat([flat, riders], 0) if number == len(self.buckets) - 1 else flat, step)
         if isinstance(compressor, Adasum):
             return compressor.exchange(tf.math.divide_no_nan(flat, share), step)
-        compressor.unit.channel.begin()
+        compressor.group.communicator.begin()
         if not isinstance(self._compression, LossyConfig) or self._compression.start_step <= 1:
             return compressor.exchange(flat, step)
 

@@ -18,7 +18,7 @@ from common.gradients.bucketing import Bucket
 from common.gradients.compression import compressor_class, local_clip_norm
 from common.gradients.loss_scale import LossScale
 from common.gradients.step_metrics import StepMetrics
-from common.parallel.parameter_server import NOT_FINITE, GradientPush, ServerLoop, WeightReply, waits
+from common.parallel.parameter_server import NOT_FINITE, GradientPush, ServerLoop, WeightReply, is_synchronous
 from common.tf.distributed import runtime
 from common.tf.distributed.runtime import Optimizer
 from common.tf.gradients import optimizers
@@ -47,17 +47,17 @@ class ServedGradients(Gradients):
     ) -> None:
         shapes, dtype = [variable.shape for variable in stage.trainable_variables], cfg.precision.dtype.name
         skips = cfg.train.on_nonfinite is OnNonfinite.skip
-        alone, scale = Topology(0, 1, 0, 1), LossScale.of(cfg.precision)
+        alone, scale = Topology(0, 1, 0, 1), LossScale.from_config(cfg.precision)
         super().__init__(shapes, alone, loss_scale=scale, dtype=dtype, skip_nonfinite=skips)
         self._topology, self._optimizer, self._transfers = stage.topology, optimizer, stage.transfers
-        self._waits = waits(parallel)
+        self._is_synchronous = is_synchronous(parallel)
         self._weights = optimizer.flat
         zeros = tf.zeros((self._weights.num_rows, self._weights.size), self._weights.dtype)
         self.buckets = [Bucket(cfg.compression.name, (), self._weights.size) for _ in self._topology.servers]
         self._code = _Code(cfg, zeros[:1], self._topology.rank)
         has_feedback = isinstance(cfg.compression, LossyConfig) and cfg.compression.error_feedback
         self._residual = tf.Variable(zeros, trainable=False) if has_feedback else None
-        is_clipped_before = has_feedback or not self._waits
+        is_clipped_before = has_feedback or not self._is_synchronous
         num_workers = len(self._topology.workers)
         self._local_clip_norm = local_clip_norm(cfg.train.clip_norm, num_workers) if is_clipped_before else 0.0
 
@@ -118,7 +118,7 @@ class Worker(ServedGradients):
         answers = [_unpacked(WeightReply, answer) for answer in self._answers(messages)]
         self._take_weights([content for _, content in answers])
         first = answers[0][0]
-        if not self._waits and not math.isfinite(first.loss):
+        if not self._is_synchronous and not math.isfinite(first.loss):
             raise TrainingError(NOT_FINITE)
         if self._residual is not None and not first.overflow:
             self._residual.assign(errors)
@@ -136,8 +136,8 @@ class Worker(ServedGradients):
 
     def sync_weights(self) -> None:
         """Copies the newest weights from the servers to all ranks."""
-        if not self._waits:
-            nothing = _packed(GradientPush(pauses=1), tf.zeros(self._code.num_bytes(self._num_steps), tf.uint8))
+        if not self._is_synchronous:
+            nothing = _packed(GradientPush(at_barrier=1), tf.zeros(self._code.num_bytes(self._num_steps), tf.uint8))
             for message in self._send_to_servers([nothing for _ in self._topology.servers]):
                 message.result()
         super().sync_weights()
@@ -197,7 +197,7 @@ class Server(ServedGradients):
         self, gradients: Sequence[tf.Tensor], loss: tf.Tensor, stop: tf.Tensor, share: tf.Tensor
     ) -> tuple[StepMetrics, list[tf.Tensor]]:
         """Handles pushes until the gradients of all workers for the next step have arrived and were used."""
-        if self._service.clocks.fastest == 0:  # the model may have loaded other weights since the piece was made
+        if self._service.tracker.fastest == 0:  # the model may have loaded other weights since the piece was made
             self._piece.take_weights()
         sums = self._service.serve(bool(stop), float(self.counters[1]))
         self._keep_state([], tf.constant(float(sums.overflow) > 0))
@@ -263,8 +263,8 @@ class Server(ServedGradients):
 
     def _step_of(self, worker: int) -> int:
         """The number, from 0, of the step of a worker's next push."""
-        clocks = self._service.clocks
-        return self._num_steps + clocks.steps[worker] - clocks.slowest
+        tracker = self._service.tracker
+        return self._num_steps + tracker.steps[worker] - tracker.slowest
 
 
 def build_gradients(cfg: RunConfig, stage: Stage, optimizer: Optimizer) -> Gradients:
@@ -282,7 +282,7 @@ def _of_recipe(cfg: RunConfig, stage: Stage) -> Gradients:
         cfg.train.measures_noise,
         cfg.compression,
         cfg.op,
-        LossScale.of(cfg.precision),
+        LossScale.from_config(cfg.precision),
         cfg.train.clip_norm,
         cfg.seed,
         cfg.precision.dtype.name,
@@ -308,8 +308,8 @@ class _Code:
         self._start = 0
         if isinstance(cfg.compression, LossyConfig):
             name, size = cfg.compression.name, like.shape[1]
-            unit = CompressionGroup(0, [(size,)], Communicator("push", hvd.global_process_set), cfg.seed)
-            self._codec = compressor_class("tf", name)(cfg.compression, unit)
+            group = CompressionGroup(0, [(size,)], Communicator("push", hvd.global_process_set), cfg.seed)
+            self._codec = compressor_class("tf", name)(cfg.compression, group)
             self._start = cfg.compression.start_step - 1
             if not isinstance(self._codec, Codec):
                 raise ConfigError(
@@ -325,7 +325,7 @@ class _Code:
         """The bytes (K, bytes) uint8 of gradients (K, P) in a step."""
         if self._codec is None or not is_on:
             return as_bytes(values)
-        return self._codec.encode(values, self._codec.unit.random(step, self._rank + 1))
+        return self._codec.encode(values, self._codec.group.random(step, self._rank + 1))
 
     def decode(self, codes: tf.Tensor, is_on: bool) -> tf.Tensor:
         """The gradients (K, P) of these bytes."""

@@ -28,7 +28,7 @@ def compiled(stage: Stage, step: Callable[..., Any], signature: Sequence[tf.Tens
         step: the function that calls forward_backward().
         signature: the specs of its arguments.
     """
-    if stage.num_parts == 1 and not stage.topology.num_servers:
+    if stage.num_chunks == 1 and not stage.topology.num_servers:
         return tf.function(step, input_signature=signature)
 
     def eager(*arguments: Any) -> Any:
@@ -62,7 +62,7 @@ def forward_backward(
     """
     if stage.topology.is_server:
         return tf.zeros((), tf.float64), []
-    if stage.num_parts == 1:
+    if stage.num_chunks == 1:
         arguments = inputs, targets, tf.cast(global_size, tf.int32), tf.cast(loss_scale, stage.dtype)
         specs = [
             tf.TensorSpec([None, *value.shape[1:]] if value.shape.rank else [], value.dtype) for value in arguments
@@ -187,16 +187,16 @@ class _ScheduleExecutor:
         self.seconds = time.perf_counter() - start
 
     def _forward(self, action: Action) -> None:
-        number, examples = action.part, self._micro_batches[action.micro_batch]
+        number, examples = action.chunk, self._micro_batches[action.micro_batch]
         inputs = self._inputs[examples] if number == 0 else self._received(action, Kind.receive_activation)
-        is_last, is_training = number == self._stage.num_parts - 1, self.loss_function is not None
+        is_last, is_training = number == self._stage.num_chunks - 1, self.loss_function is not None
         with tf.GradientTape(watch_accessed_variables=is_training) as tape:
             if is_training and number > 0:
                 tape.watch(inputs)
             if is_last and self.loss_function is not None:
                 outputs = self.loss_function(inputs, self._targets[examples])
             else:
-                outputs = self._stage.compiled_part(number, is_training)(inputs)
+                outputs = self._stage.compiled_chunk(number, is_training)(inputs)
         if is_last:
             self.outputs.append(outputs)
         if is_training or not is_last:
@@ -207,36 +207,36 @@ class _ScheduleExecutor:
         self._backward_weight(action)
 
     def _backward_input(self, action: Action) -> None:
-        place = action.part, action.micro_batch
+        place = action.chunk, action.micro_batch
         tape, inputs, outputs = self._saved.pop(place)
-        variables = [variable.value for variable in self._stage.parts[action.part].trainable_variables]
-        ends = variables if action.part == 0 else [inputs, *variables]
+        variables = [variable.value for variable in self._stage.chunks[action.chunk].trainable_variables]
+        ends = variables if action.chunk == 0 else [inputs, *variables]
         gradients = tape.gradient(outputs, ends, self._output_gradient(action))
-        if action.part > 0:
+        if action.chunk > 0:
             self._input_gradients[place] = gradients.pop(0)
         self._weight_gradients[place] = gradients
 
     def _backward_weight(self, action: Action) -> None:
-        gradients = self._weight_gradients.pop((action.part, action.micro_batch))
-        for variable, gradient in zip(self._stage.parts[action.part].trainable_variables, gradients, strict=True):
+        gradients = self._weight_gradients.pop((action.chunk, action.micro_batch))
+        for variable, gradient in zip(self._stage.chunks[action.chunk].trainable_variables, gradients, strict=True):
             self.gradients[self._places[id(variable)]] += tf.convert_to_tensor(gradient)
 
     def _output_gradient(self, action: Action) -> tf.Tensor:
         """The gradient of a chunk's outputs, or of the loss."""
-        is_last = action.part == self._stage.num_parts - 1
+        is_last = action.chunk == self._stage.num_chunks - 1
         return self.loss_gradient if is_last else self._received(action, Kind.receive_gradient)
 
     def _send_activation(self, action: Action) -> None:
-        self._send(action, self._saved[action.part, action.micro_batch].outputs)
+        self._send(action, self._saved[action.chunk, action.micro_batch].outputs)
 
     def _send_gradient(self, action: Action) -> None:
-        self._send(action, self._input_gradients.pop((action.part, action.micro_batch)))
+        self._send(action, self._input_gradients.pop((action.chunk, action.micro_batch)))
 
     def _receive_activation(self, action: Action) -> None:
-        self._receive(action, self._stage.shapes[action.part - 1])
+        self._receive(action, self._stage.shapes[action.chunk - 1])
 
     def _receive_gradient(self, action: Action) -> None:
-        self._receive(action, self._stage.shapes[action.part])
+        self._receive(action, self._stage.shapes[action.chunk])
 
     def _send(self, action: Action, values: tf.Tensor) -> None:
         message = self._stage.transfers.send(self._name(action), values, self._passage.peer(action))
@@ -261,7 +261,7 @@ class _ScheduleExecutor:
     def _name(self, sending: Action) -> str:
         """The name of a message, made from its send."""
         phase = "train" if self.loss_function else "evaluate"
-        return f"{phase}.{sending.kind}.{sending.part}.{sending.micro_batch}"
+        return f"{phase}.{sending.kind}.{sending.chunk}.{sending.micro_batch}"
 
 
 def _never_empty(examples: tf.Tensor) -> tf.Tensor:

@@ -32,8 +32,8 @@ class Stage:
 
     Attributes:
         layers: the layers of the whole model; weights of other stages have no values.
-        parts: this rank's model chunks by number; each has consecutive layers.
-        num_parts: number of chunks of the whole model.
+        chunks: this rank's model chunks by number; each has consecutive layers.
+        num_chunks: number of chunks of the whole model.
         shapes: for each chunk of the whole model, the output shape of one example.
         dtype: the dtype of the chunks' outputs.
         trainable_variables: the trainable variables of this rank's layers.
@@ -51,23 +51,23 @@ class Stage:
         rank_schedule: RankSchedule,
     ) -> None:
         topology = rank_schedule.topology
-        self.layers, self.num_parts, self.topology, self.rank_schedule = (
+        self.layers, self.num_chunks, self.topology, self.rank_schedule = (
             list(layers),
             len(ranges),
             topology,
             rank_schedule,
         )
         self.dtype: str = precision.dtype.name
-        self.parts: dict[int, keras.Model] = {
-            number: _part([layers[place] for place in ranges[number]], number, precision)
+        self.chunks: dict[int, keras.Model] = {
+            number: _chunk_model([layers[place] for place in ranges[number]], number, precision)
             for number in range(topology.stage, len(ranges), topology.num_stages)
         }
-        self.shapes = [tuple(layers[of_part[-1]].output.shape[1:]) for of_part in ranges]
-        self.trainable_variables = _distinct(part.trainable_variables for part in self.parts.values())
+        self.shapes = [tuple(layers[of_chunk[-1]].output.shape[1:]) for of_chunk in ranges]
+        self.trainable_variables = _distinct(chunk.trainable_variables for chunk in self.chunks.values())
         holders: dict[int, dict[int, None]] = {}
-        for part, of_part in enumerate(ranges):
-            for variable in _distinct(layers[place].trainable_variables for place in of_part):
-                holders.setdefault(id(variable), {})[part % topology.num_stages] = None
+        for chunk, of_chunk in enumerate(ranges):
+            for variable in _distinct(layers[place].trainable_variables for place in of_chunk):
+                holders.setdefault(id(variable), {})[chunk % topology.num_stages] = None
         self.tied = [
             (number, topology.ranks_with_tied_weights(list(holders[id(variable)])))
             for number, variable in enumerate(self.trainable_variables)
@@ -79,25 +79,25 @@ class Stage:
 
     def __call__(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
         """The outputs of a model that is not cut."""
-        (part,) = self.parts.values()
-        return part(inputs, training=training)
+        (chunk,) = self.chunks.values()
+        return chunk(inputs, training=training)
 
     @property
     def weights(self) -> list[keras.Variable]:
         """All weights of this rank's layers, trainable or not."""
-        return _distinct(part.weights for part in self.parts.values())
+        return _distinct(chunk.weights for chunk in self.chunks.values())
 
     @property
     def non_trainable_variables(self) -> list[keras.Variable]:
         """The non-trainable variables of this rank's layers, such as the state of dropout."""
-        return _distinct(part.non_trainable_variables for part in self.parts.values())
+        return _distinct(chunk.non_trainable_variables for chunk in self.chunks.values())
 
-    def compiled_part(self, number: int, training: bool) -> Callable[[tf.Tensor], tf.Tensor]:
+    def compiled_chunk(self, number: int, training: bool) -> Callable[[tf.Tensor], tf.Tensor]:
         """The compiled forward pass of a model chunk, for any number of examples."""
-        part = self.parts[number]
-        (inputs,) = part.inputs
+        chunk = self.chunks[number]
+        (inputs,) = chunk.inputs
         signature = [tf.TensorSpec(inputs.shape, inputs.dtype)]
-        return self._compiled_once((number, training), partial(part, training=training), input_signature=signature)
+        return self._compiled_once((number, training), partial(chunk, training=training), input_signature=signature)
 
     def compiled_loss(
         self, loss_sum: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
@@ -105,7 +105,7 @@ class Stage:
         """The compiled forward pass of the last chunk and the loss: (inputs, targets) -> sum of the losses."""
 
         def forward(inputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-            return loss_sum(self.parts[self.num_parts - 1](inputs, training=True), targets)
+            return loss_sum(self.chunks[self.num_chunks - 1](inputs, training=True), targets)
 
         return self._compiled_once(loss_sum, forward, reduce_retracing=True)
 
@@ -118,9 +118,9 @@ class Stage:
         """Adds the seconds of a step on this rank, and the seconds that it waited for other ranks."""
         self._times = [self._times[0] + seconds, self._times[1] + waited]
 
-    def bubbles(self) -> dict[str, Any]:
+    def bubble_report(self) -> dict[str, Any]:
         """The idle fraction of each stage, for the summary; all ranks must call it."""
-        return self.rank_schedule.bubbles(runtime.allgather_object(self._times))
+        return self.rank_schedule.bubble_report(runtime.allgather_object(self._times))
 
 
 def build_stage(layers: Sequence[keras.Layer], cfg: RunConfig, topology: Topology, examples: Examples) -> Stage:
@@ -135,7 +135,7 @@ def build_stage(layers: Sequence[keras.Layer], cfg: RunConfig, topology: Topolog
     Raises:
         ConfigError: the model cannot be cut as configured.
     """
-    inputs = runtime.to_tensor(examples.take(np.arange(1))[0], cfg.precision)
+    inputs = runtime.to_tensor(examples.get_batch(np.arange(1))[0], cfg.precision)
     declare(layers, inputs)
     numels = [layer.count_params() for layer in layers]
     costs: Sequence[float] = numels
@@ -143,7 +143,7 @@ def build_stage(layers: Sequence[keras.Layer], cfg: RunConfig, topology: Topolog
         is_flops = cfg.parallel.balance is StageBalance.flops
         costs = runtime.broadcast_object(measured_costs(layers, inputs, _flops if is_flops else _seconds))
     ranges = model_parts.cut(cfg.parallel, topology.num_stages, numels, costs)
-    return Stage(layers, ranges, cfg.precision, RankSchedule.of(cfg.parallel, topology))
+    return Stage(layers, ranges, cfg.precision, RankSchedule.from_config(cfg.parallel, topology))
 
 
 def declare(layers: Sequence[keras.Layer], inputs: tf.Tensor) -> None:
@@ -158,7 +158,7 @@ def declare(layers: Sequence[keras.Layer], inputs: tf.Tensor) -> None:
     global_state.set_global_attribute("uninitialized_variables", [])
 
 
-def _part(layers: Sequence[keras.Layer], number: int, precision: PrecisionConfig) -> keras.Model:
+def _chunk_model(layers: Sequence[keras.Layer], number: int, precision: PrecisionConfig) -> keras.Model:
     """A model chunk of consecutive layers; initialises their weights as in the whole model.
 
     An initializer draws its seed when its layer is created, so the weights do not depend on the cut.

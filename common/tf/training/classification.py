@@ -25,7 +25,7 @@ def evaluate(model: Stage, examples: Examples, topology: Topology, cfg: RunConfi
     """Mean loss and accuracy over all examples; each example is counted once, on one rank."""
     loss = correct = count = 0.0
     for part in sampler.evaluation_batches(len(examples), EVALUATION_BATCH, topology):
-        inputs, targets = runtime.to_tensors(examples.take(part), cfg.precision)
+        inputs, targets = runtime.to_tensors(examples.get_batch(part), cfg.precision)
         logits, targets = forward(model, inputs, targets)
         loss += float(loss_sum(logits, targets))
         correct += float(tf.reduce_sum(tf.cast(tf.argmax(logits, axis=-1) == targets, tf.int32)))

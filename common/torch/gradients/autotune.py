@@ -33,7 +33,7 @@ class _Measure:
 
     def compute_seconds(self) -> float:
         share = max(1, self.cfg.train.global_batch_size // self.topology.num_replicas)
-        inputs = self.examples.take(np.arange(min(share, len(self.examples))))[0]
+        inputs = self.examples.get_batch(np.arange(min(share, len(self.examples))))[0]
         tensor = runtime.to_tensor(inputs, self.cfg.precision, runtime.device(self.topology))
         return median_seconds(lambda: self.model(tensor).sum().backward())
 

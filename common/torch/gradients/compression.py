@@ -77,14 +77,14 @@ class CompressionGroup:
     Attributes:
         number: number of the group in the model.
         shapes: the shapes of its gradients, which lie one after another in the vector.
-        channel: the communicator for the compressed values.
+        communicator: sends the compressed values.
         seed: the seed of random numbers.
         device: the device of the gradients.
     """
 
     number: int
     shapes: Sequence[tuple[int, ...]]
-    channel: Communicator
+    communicator: Communicator
     seed: int
     device: torch.device
 
@@ -111,34 +111,37 @@ class Compressor(ABC):
     """A method to sum the gradients of a compression group over the ranks.
 
     Attributes:
-        kept: the state before an exchange, by its names in a checkpoint: one tensor (n,) for the whole group, or a list
-            with one tensor per gradient.
-        left: the next state, which the last exchange has computed, by the same names; it shares no memory with kept.
+        state: the state before an exchange, by its names in a checkpoint: one tensor (n,) for the whole group, or a
+            list with one tensor per gradient.
+        next_state: the state that the last exchange has computed, by the same names; it shares no memory with `state`.
     """
 
-    def __init__(self, cfg: CompressionConfig, unit: CompressionGroup) -> None:
-        self.unit = unit
-        self.kept: dict[str, Any] = {}
-        self.left: dict[str, Any] = {}
+    def __init__(self, cfg: CompressionConfig, group: CompressionGroup) -> None:
+        self.group = group
+        self.state: dict[str, Any] = {}
+        self.next_state: dict[str, Any] = {}
 
     @abstractmethod
     def exchange(self, values: Tensor, step: int) -> Exchange:
-        """Sums values (n,) over the ranks of unit.channel; may overwrite them. Steps count from 0."""
+        """Sums values (n,) over the ranks of group.communicator; may overwrite them. Steps count from 0."""
 
     @property
     def num_bytes(self) -> int:
         """Bytes that this rank has sent in the last exchange."""
-        return self.unit.channel.num_bytes
+        return self.group.communicator.num_bytes
 
     def commit(self) -> None:
         """Makes the next state the current one; not called if the step is skipped."""
-        for name, new in self.left.items():
+        for name, new in self.next_state.items():
             # The next exchange reuses the memory of the old state: allocating it takes longer than the computation.
-            self.kept[name], self.left[name] = new, self.kept[name]
+            self.state[name], self.next_state[name] = new, self.state[name]
 
-    def state(self) -> dict[str, list[Tensor]]:
+    def state_by_gradient(self) -> dict[str, list[Tensor]]:
         """The state by name: one tensor per gradient of the group."""
-        return {name: kept if isinstance(kept, list) else self.unit.split(kept) for name, kept in self.kept.items()}
+        return {
+            name: values if isinstance(values, list) else self.group.split(values)
+            for name, values in self.state.items()
+        }
 
 
 class Dense(Compressor):
@@ -146,9 +149,9 @@ class Dense(Compressor):
 
     def exchange(self, values: Tensor, step: int) -> Exchange:
         """One allreduce of the gradients and of scalars appended to them, whose bytes are not counted."""
-        handle = self.unit.channel.allreduce(values)
-        self.unit.channel.num_bytes = allreduce_bytes(
-            sum(self.unit.lengths) * values.element_size(), self.unit.channel.size
+        handle = self.group.communicator.allreduce(values)
+        self.group.communicator.num_bytes = allreduce_bytes(
+            sum(self.group.lengths) * values.element_size(), self.group.communicator.size
         )
         summed = yield handle
         return summed, values.new_zeros(())
@@ -167,20 +170,20 @@ class Codec(Compressor):
 
     def exchange(self, values: Tensor, step: int) -> Exchange:
         """See common/gradients/compression.py, two_phases()."""
-        channel = self.unit.channel
-        size, me = piece_size(len(values), channel.size), channel.rank
-        pieces = _padded(values, channel.size * size).view(channel.size, size)
-        random = self.unit.random(step, me + 1)
+        communicator = self.group.communicator
+        size, me = piece_size(len(values), communicator.size), communicator.rank
+        pieces = _padded(values, communicator.size * size).view(communicator.size, size)
+        random = self.group.random(step, me + 1)
         codes = self.encode(pieces, random)
         errors = pieces - self.decode(codes, size)
-        received = self.decode((yield channel.alltoall(codes)), size)
+        received = self.decode((yield communicator.alltoall(codes)), size)
         received[me] = pieces[me]
         total = received[0]
         for row in received[1:]:
             total += row
         code = self.encode(total[None], random)
         errors[me] = total - self.decode(code, size)[0]
-        summed = self.decode((yield channel.allgather(code)), size)
+        summed = self.decode((yield communicator.allgather(code)), size)
         return summed.flatten()[: len(values)], errors.flatten()[: len(values)]
 
 
@@ -218,8 +221,8 @@ class ScaledCodec(Codec):
 class Sparse(Compressor):
     """Some of the values, with their indices, by allgather."""
 
-    def __init__(self, cfg: SparseConfig, unit: CompressionGroup) -> None:
-        super().__init__(cfg, unit)
+    def __init__(self, cfg: SparseConfig, group: CompressionGroup) -> None:
+        super().__init__(cfg, group)
         self.dtype = wire_dtype(cfg.values)
 
     @abstractmethod
@@ -228,16 +231,16 @@ class Sparse(Compressor):
 
     def exchange(self, values: Tensor, step: int) -> Exchange:
         """Sends int32 indices and values."""
-        places = self.choose(values, step)
-        sent = to_wire(values[places], self.dtype)
-        message = torch.cat([places.to(torch.int32).view(torch.uint8), sent.view(torch.uint8)])
-        received = (yield self.unit.channel.allgather(message)).view(self.unit.channel.size, -1)
+        indices = self.choose(values, step)
+        sent = to_wire(values[indices], self.dtype)
+        message = torch.cat([indices.to(torch.int32).view(torch.uint8), sent.view(torch.uint8)])
+        received = (yield self.group.communicator.allgather(message)).view(self.group.communicator.size, -1)
         summed = torch.zeros_like(values)
         for row in received:
-            theirs = from_bytes(row[: 4 * len(places)], torch.int32)
-            added = from_bytes(row[4 * len(places) :], self.dtype)
+            theirs = from_bytes(row[: 4 * len(indices)], torch.int32)
+            added = from_bytes(row[4 * len(indices) :], self.dtype)
             summed.index_add_(0, theirs, added.float())
-        values.index_add_(0, places, -sent.float())
+        values.index_add_(0, indices, -sent.float())
         return summed, values
 
 
@@ -246,19 +249,19 @@ class Adasum(Compressor):
 
     def exchange(self, values: Tensor, step: int) -> Exchange:
         """See common/gradients/compression.py, adasum(); values are the mean gradient of this rank's examples."""
-        channel = self.unit.channel
-        size = piece_size(len(values), channel.size)
+        communicator = self.group.communicator
+        size = piece_size(len(values), communicator.size)
         # The gradient that each value belongs to; the padding at the end counts as another gradient.
-        lengths = torch.tensor([*self.unit.lengths, channel.size * size - len(values)], device=values.device)
+        lengths = torch.tensor([*self.group.lengths, communicator.size * size - len(values)], device=values.device)
         gradient = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)
-        gradient = gradient.view(channel.size, size)[channel.rank]
-        rows = yield channel.alltoall(_padded(values, channel.size * size).view(channel.size, size))
+        gradient = gradient.view(communicator.size, size)[communicator.rank]
+        rows = yield communicator.alltoall(_padded(values, communicator.size * size).view(communicator.size, size))
         level = list(rows)
         while len(level) > 1:
             pairs = [level[first : first + 2] for first in range(0, len(level) - 1, 2)]
             products = torch.stack([x.double() * y for a, b in pairs for x, y in ((a, b), (a, a), (b, b))])
             sums = products.new_zeros(len(products), len(lengths)).index_add_(1, gradient, products)
-            sums = yield channel.allreduce(sums)
+            sums = yield communicator.allreduce(sums)
             weights = [
                 [adasum_weights(*of_gradient) for of_gradient in of_pair]
                 for of_pair in sums.view(len(pairs), 3, -1).transpose(1, 2).tolist()
@@ -266,7 +269,7 @@ class Adasum(Compressor):
             factors = values.new_tensor(weights)[:, gradient]  # (pairs, size, 2)
             combined = [factor[:, 0] * a + factor[:, 1] * b for (a, b), factor in zip(pairs, factors, strict=True)]
             level = combined + level[2 * len(pairs) :]
-        summed = yield channel.allgather(level[0])
+        summed = yield communicator.allgather(level[0])
         return summed[: len(values)], values.new_zeros(())
 
 
@@ -274,16 +277,16 @@ class ErrorFeedback(Compressor):
     """Adds the error of the last exchange to the values of the next one."""
 
     def __init__(self, inner: Compressor) -> None:
-        super().__init__(CompressionConfig("error_feedback"), inner.unit)
+        super().__init__(CompressionConfig("error_feedback"), inner.group)
         self._inner = inner
-        self.kept, self.left = inner.kept, inner.left
-        self.kept["residual"] = inner.unit.new_zeros()
+        self.state, self.next_state = inner.state, inner.next_state
+        self.state["residual"] = inner.group.new_zeros()
 
     def exchange(self, values: Tensor, step: int) -> Exchange:
         """Exchanges the corrected values."""
-        corrected = torch.add(values, self.kept["residual"], out=self.left.get("residual"))
+        corrected = torch.add(values, self.state["residual"], out=self.next_state.get("residual"))
         summed, error = yield from self._inner.exchange(corrected, step)
-        self.left["residual"] = error
+        self.next_state["residual"] = error
         return summed, error
 
 
@@ -291,9 +294,9 @@ class TwoLevel(Compressor):
     """Sums uncompressed within a host; the first ranks of the hosts exchange the compressed sums."""
 
     def __init__(self, inner: Compressor, host: Communicator, is_first: bool) -> None:
-        super().__init__(CompressionConfig("two_level"), inner.unit)
+        super().__init__(CompressionConfig("two_level"), inner.group)
         self._inner, self._host, self._is_first = inner, host, is_first
-        self.kept, self.left = inner.kept, inner.left
+        self.state, self.next_state = inner.state, inner.next_state
 
     def exchange(self, values: Tensor, step: int) -> Exchange:
         """Allreduce within the host, the inner exchange between hosts, broadcast within the host."""
@@ -333,13 +336,13 @@ class PlainMomentum:
                 parameter.grad.copy_(self.velocities[index])
 
 
-def build(cfg: LossyConfig, unit: CompressionGroup, topology: Topology) -> Compressor:
+def build(cfg: LossyConfig, group: CompressionGroup, topology: Topology) -> Compressor:
     """The configured compressor, with error feedback and the two-level exchange around it if configured."""
-    compressor: Compressor = compressor_class("torch", cfg.name)(cfg, unit)
+    compressor: Compressor = compressor_class("torch", cfg.name)(cfg, group)
     if cfg.error_feedback and not isinstance(cfg, DGCConfig):  # DGC has a residual already
         compressor = ErrorFeedback(compressor)
     if cfg.two_level:
-        host = Communicator(f"gradients.{unit.number}.host", runtime.process_set(topology.ranks_of_host))
+        host = Communicator(f"gradients.{group.number}.host", runtime.process_set(topology.ranks_of_host))
         compressor = TwoLevel(compressor, host, topology.local_rank == 0)
     return compressor
 

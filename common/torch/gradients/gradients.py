@@ -160,9 +160,9 @@ class Gradients:
         elif isinstance(self._compression, LossyConfig) and bucket.method != NO_COMPRESSION.name:
             if self._compression.two_level:
                 ranks = self._topology.first_ranks_of_hosts
-            channel = Communicator(f"{name}.{bucket.method}", runtime.process_set(ranks))
-            unit = CompressionGroup(number, shapes, channel, self._seed, device)
-            self._compressors[number] = compression.build(self._compression, unit, self._topology)
+            communicator = Communicator(f"{name}.{bucket.method}", runtime.process_set(ranks))
+            group = CompressionGroup(number, shapes, communicator, self._seed, device)
+            self._compressors[number] = compression.build(self._compression, group, self._topology)
 
     def _plain_momentum(self) -> PlainMomentum | None:
         """The momentum of gradients that DGC leaves uncompressed."""
@@ -275,7 +275,7 @@ class Gradients:
         """The state of this rank's compressors, by name and index of the parameter; the tensors are views."""
         state: dict[str, dict[int, Tensor]] = {}
         for number, compressor in self._compressors.items():
-            for name, tensors in compressor.state().items():
+            for name, tensors in compressor.state_by_gradient().items():
                 state.setdefault(name, {}).update(zip(self.buckets[number].members, tensors, strict=True))
         return state | ({"momentum": self._momentum.velocities} if self._momentum else {})
 
@@ -340,7 +340,7 @@ class Gradients:
         if isinstance(compressor, Adasum) and self._share:
             values /= self._share
         self._sent[number] = values.clone() if self._looks_at_health else values
-        compressor.unit.channel.begin()
+        compressor.group.communicator.begin()
         self._exchanges.start(number, compressor.exchange(self._messages[number], self.num_steps))
 
     def _finish_exchanges(self) -> list[Tensor]:

@@ -18,7 +18,7 @@ from common.gradients.bucketing import Bucket
 from common.gradients.compression import compressor_class, local_clip_norm
 from common.gradients.loss_scale import LossScale
 from common.gradients.step_metrics import StepMetrics
-from common.parallel.parameter_server import NOT_FINITE, GradientPush, ServerLoop, WeightReply, waits
+from common.parallel.parameter_server import NOT_FINITE, GradientPush, ServerLoop, WeightReply, is_synchronous
 from common.torch.distributed import runtime
 from common.torch.distributed.runtime import Optimizer
 from common.torch.gradients import optimizers
@@ -50,17 +50,17 @@ class ServedGradients(Gradients):
         self, cfg: RunConfig, parallel: ParameterServerConfig, stage: Stage, optimizer: ServedOptimizer
     ) -> None:
         skips = cfg.train.on_nonfinite is OnNonfinite.skip
-        alone, scale = Topology(0, 1, 0, 1), LossScale.of(cfg.precision)
+        alone, scale = Topology(0, 1, 0, 1), LossScale.from_config(cfg.precision)
         super().__init__(stage.named_parameters(), alone, loss_scale=scale, skip_nonfinite=skips)
         self._topology, self._optimizer = stage.topology, optimizer
-        self._waits = waits(parallel)
+        self._is_synchronous = is_synchronous(parallel)
         self._rows = optimizer.flat.rows
         self.buckets = [Bucket(cfg.compression.name, (), len(row)) for row in self._rows]
         self._code = _Code(cfg, self._rows[:1], self._topology.rank)
         has_feedback = isinstance(cfg.compression, LossyConfig) and cfg.compression.error_feedback
         self._residual = torch.zeros_like(self._rows) if has_feedback else None
         self._names = [name for name, _ in stage.named_parameters()]
-        is_clipped_before = has_feedback or not self._waits
+        is_clipped_before = has_feedback or not self._is_synchronous
         num_workers = len(self._topology.workers)
         self._local_clip_norm = local_clip_norm(cfg.train.clip_norm, num_workers) if is_clipped_before else 0.0
 
@@ -119,7 +119,7 @@ class Worker(ServedGradients):
         for row, answer in zip(self._rows, answers, strict=True):
             row.copy_(_unpacked(WeightReply, answer)[1].view(row.dtype))
         first = _unpacked(WeightReply, answers[0])[0]
-        if not self._waits and not math.isfinite(first.loss):
+        if not self._is_synchronous and not math.isfinite(first.loss):
             raise TrainingError(NOT_FINITE)
         if self._seeks_nonfinite:
             self.loss_scale.update(first.overflow > 0)
@@ -139,10 +139,10 @@ class Worker(ServedGradients):
 
     def sync_weights(self) -> None:
         """Copies the newest weights from the servers to all ranks."""
-        if not self._waits:
+        if not self._is_synchronous:
             nothing = torch.zeros(self._code.num_bytes(self.num_steps), dtype=torch.uint8)
             for handle in self._send_to_servers(
-                [_packed(GradientPush(pauses=1), nothing) for _ in self._topology.servers]
+                [_packed(GradientPush(at_barrier=1), nothing) for _ in self._topology.servers]
             ):
                 hvd.synchronize(handle)
         super().sync_weights()
@@ -246,8 +246,8 @@ class Server(ServedGradients):
 
     def _step_of(self, worker: int) -> int:
         """The number, from 0, of the step of a worker's next push."""
-        clocks = self._service.clocks
-        return self.num_steps + clocks.steps[worker] - clocks.slowest
+        tracker = self._service.tracker
+        return self.num_steps + tracker.steps[worker] - tracker.slowest
 
 
 def build_gradients(cfg: RunConfig, stage: Stage, optimizer: Optimizer) -> Gradients:
@@ -265,7 +265,7 @@ def _of_recipe(cfg: RunConfig, stage: Stage) -> Gradients:
         cfg.train.measures_noise,
         cfg.compression,
         cfg.op,
-        LossScale.of(cfg.precision),
+        LossScale.from_config(cfg.precision),
         cfg.train.clip_norm,
         cfg.seed,
         tied=stage.tied,
@@ -290,8 +290,8 @@ class _Code:
         self._start, self._code_bytes = 0, like.nbytes
         if isinstance(cfg.compression, LossyConfig):
             name, size = cfg.compression.name, like.shape[1]
-            unit = CompressionGroup(0, [(size,)], Communicator("push", hvd.global_process_set), cfg.seed, like.device)
-            self._codec = compressor_class("torch", name)(cfg.compression, unit)
+            group = CompressionGroup(0, [(size,)], Communicator("push", hvd.global_process_set), cfg.seed, like.device)
+            self._codec = compressor_class("torch", name)(cfg.compression, group)
             self._start = cfg.compression.start_step - 1
             if not isinstance(self._codec, Codec):
                 raise ConfigError(
@@ -303,7 +303,7 @@ class _Code:
         """The bytes of gradients (1, P) in a step, counted from 0."""
         if self._codec is None or step < self._start:
             return values.view(torch.uint8).flatten()
-        return self._codec.encode(values, self._codec.unit.random(step, self._rank + 1)).flatten()
+        return self._codec.encode(values, self._codec.group.random(step, self._rank + 1)).flatten()
 
     def decode(self, content: Tensor, step: int) -> Tensor:
         """The gradients (P,) of these bytes."""

@@ -117,33 +117,33 @@ class _ScheduleExecutor:
     def _forward(self, action: Action) -> None:
         examples = self._micro_batches[action.micro_batch]
         inputs = self._inputs[examples]
-        if action.part > 0:
+        if action.chunk > 0:
             inputs = self._received(action, Kind.receive_activation).requires_grad_(torch.is_grad_enabled())
-        outputs = self._stage.parts[action.part](inputs)
-        if action.part in self._stage.splits:
-            self._caught[action.part, action.micro_batch] = self._stage.splits[action.part].caught()
-        if action.part == self._stage.num_parts - 1:
+        outputs = self._stage.chunks[action.chunk](inputs)
+        if action.chunk in self._stage.splits:
+            self._caught[action.chunk, action.micro_batch] = self._stage.splits[action.chunk].caught()
+        if action.chunk == self._stage.num_chunks - 1:
             if self.loss_function is None:
                 self.outputs.append(outputs)
                 return
             outputs = self.loss_function(outputs, self._targets[examples])
             self.loss = self.loss + outputs.detach()
             outputs = outputs * self.loss_scale
-        self._saved[action.part, action.micro_batch] = inputs, outputs
+        self._saved[action.chunk, action.micro_batch] = inputs, outputs
 
     def _backward(self, action: Action) -> None:
-        inputs, outputs = self._saved.pop((action.part, action.micro_batch))
+        inputs, outputs = self._saved.pop((action.chunk, action.micro_batch))
         outputs.backward(self._output_gradient(action))
-        self._keep_gradient((action.part, action.micro_batch), inputs)
+        self._keep_gradient((action.chunk, action.micro_batch), inputs)
 
     def _backward_input(self, action: Action) -> None:
-        place = action.part, action.micro_batch
+        place = action.chunk, action.micro_batch
         inputs, outputs = self._saved.pop(place)
         gradient = self._output_gradient(action)
-        if action.part == 0:  # its inputs need no gradient
+        if action.chunk == 0:  # its inputs need no gradient
             self._for_weights[place] = partial(outputs.backward, gradient)
             return
-        split, caught = self._stage.splits[action.part], self._caught.pop(place)
+        split, caught = self._stage.splits[action.chunk], self._caught.pop(place)
         caught = split.backward_input(inputs, outputs, gradient, caught)
         self._keep_gradient(place, inputs)
         self._for_weights[place] = partial(split.backward_weight, caught)
@@ -153,24 +153,24 @@ class _ScheduleExecutor:
             self._input_gradients[place] = inputs.grad
 
     def _backward_weight(self, action: Action) -> None:
-        self._for_weights.pop((action.part, action.micro_batch))()
+        self._for_weights.pop((action.chunk, action.micro_batch))()
 
     def _output_gradient(self, action: Action) -> Tensor | None:
         """The gradient of a chunk's outputs; None for the loss, whose gradient is 1."""
-        is_last = action.part == self._stage.num_parts - 1
+        is_last = action.chunk == self._stage.num_chunks - 1
         return None if is_last else self._received(action, Kind.receive_gradient)
 
     def _send_activation(self, action: Action) -> None:
-        self._send(action, self._saved[action.part, action.micro_batch][1].detach())
+        self._send(action, self._saved[action.chunk, action.micro_batch][1].detach())
 
     def _send_gradient(self, action: Action) -> None:
-        self._send(action, self._input_gradients.pop((action.part, action.micro_batch)))
+        self._send(action, self._input_gradients.pop((action.chunk, action.micro_batch)))
 
     def _receive_activation(self, action: Action) -> None:
-        self._receive(action, self._stage.shapes[action.part - 1])
+        self._receive(action, self._stage.shapes[action.chunk - 1])
 
     def _receive_gradient(self, action: Action) -> None:
-        self._receive(action, self._stage.shapes[action.part])
+        self._receive(action, self._stage.shapes[action.chunk])
 
     def _send(self, action: Action, values: Tensor) -> None:
         self._leaving = runtime.under_way(self._leaving)

@@ -23,13 +23,13 @@ class SplitBackward:
     """The split backward of one model chunk.
 
     Args:
-        part: the model chunk; hooks record the outputs of its modules with weights.
+        chunk: the model chunk; hooks record the outputs of its modules with weights.
     """
 
-    def __init__(self, part: nn.Module) -> None:
-        self._weights = set(part.parameters())
+    def __init__(self, chunk: nn.Module) -> None:
+        self._weights = set(chunk.parameters())
         self._caught: list[Caught] = []
-        for module in part.modules():
+        for module in chunk.modules():
             if any(True for _ in module.parameters(recurse=False)):
                 module.register_forward_hook(self._catch)
 

@@ -29,9 +29,9 @@ class Stage(nn.Sequential):
         rank_schedule: this rank's pipeline schedule.
 
     Attributes:
-        parts: this rank's model chunks by number; each has consecutive layers.
+        chunks: this rank's model chunks by number; each has consecutive layers.
         splits: the split backward of chunks whose backward is split.
-        num_parts: number of chunks of the whole model.
+        num_chunks: number of chunks of the whole model.
         shapes: for each chunk of the whole model, the output shape of one example; set by infer_shapes().
         dtype: the dtype of the chunks' outputs.
         tied: weights that are shared with other stages, each with all ranks that have it.
@@ -50,22 +50,22 @@ class Stage(nn.Sequential):
         mine = range(topology.stage, len(ranges), topology.num_stages)
         super().__init__()
         self._names: dict[nn.Parameter, str] = {}
-        for part in mine:
-            for number in ranges[part]:
+        for chunk in mine:
+            for number in ranges[chunk]:
                 self.add_module(str(number), layers[number])
         device = runtime.device(topology)
-        self.parts = {part: Model([layers[number] for number in ranges[part]], precision, device) for part in mine}
-        self.num_parts, self.topology, self.dtype = len(ranges), topology, runtime.dtype(precision)
+        self.chunks = {chunk: Model([layers[number] for number in ranges[chunk]], precision, device) for chunk in mine}
+        self.num_chunks, self.topology, self.dtype = len(ranges), topology, runtime.dtype(precision)
         self.rank_schedule = rank_schedule
         is_split = rank_schedule.schedule == "zb_h1"
-        self.splits = {number: SplitBackward(part) for number, part in self.parts.items() if is_split and number > 0}
+        self.splits = {number: SplitBackward(chunk) for number, chunk in self.chunks.items() if is_split and number > 0}
         self.shapes: list[tuple[int, ...]] = []
         self._times = [0.0, 0.0]
         holders: dict[nn.Parameter, dict[int, None]] = {}
         for name, parameter in nn.Sequential(*layers).named_parameters(remove_duplicate=False):
             layer = int(name.partition(".")[0])
-            part = next(number for number, layer_range in enumerate(ranges) if layer in layer_range)
-            holders.setdefault(parameter, {})[part % topology.num_stages] = None
+            chunk = next(number for number, layer_range in enumerate(ranges) if layer in layer_range)
+            holders.setdefault(parameter, {})[chunk % topology.num_stages] = None
             self._names.setdefault(parameter, name)
         self.tied = [
             (parameter, topology.ranks_with_tied_weights(list(holders[parameter])))
@@ -75,8 +75,8 @@ class Stage(nn.Sequential):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The outputs of a model that is not cut."""
-        (part,) = self.parts.values()
-        outputs: Tensor = part(inputs)
+        (chunk,) = self.chunks.values()
+        outputs: Tensor = chunk(inputs)
         return outputs
 
     def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
@@ -86,12 +86,12 @@ class Stage(nn.Sequential):
 
     def infer_shapes(self, inputs: Tensor) -> None:
         """Finds the chunks' output shapes with one example of zeros like inputs (B, ...); all ranks must call it."""
-        if self.shapes or self.num_parts == 1:
+        if self.shapes or self.num_chunks == 1:
             return
         values = inputs.new_zeros((1, *inputs.shape[1:]))
         with torch.no_grad(), torch.random.fork_rng():
-            for number in range(self.num_parts):
-                shape = list(self.parts[number](values).shape[1:]) if number in self.parts else None
+            for number in range(self.num_chunks):
+                shape = list(self.chunks[number](values).shape[1:]) if number in self.chunks else None
                 found = next(shape for shape in runtime.allgather_object(shape) if shape is not None)
                 self.shapes.append(tuple(found))
                 values = torch.zeros((1, *found), dtype=self.dtype, device=inputs.device)
@@ -100,9 +100,9 @@ class Stage(nn.Sequential):
         """Adds the seconds of a step on this rank, and the seconds that it waited for other ranks."""
         self._times = [self._times[0] + seconds, self._times[1] + waited]
 
-    def bubbles(self) -> dict[str, Any]:
+    def bubble_report(self) -> dict[str, Any]:
         """The idle fraction of each stage, for the summary; all ranks must call it."""
-        return self.rank_schedule.bubbles(runtime.allgather_object(self._times))
+        return self.rank_schedule.bubble_report(runtime.allgather_object(self._times))
 
 
 def build_stage(layers: Sequence[nn.Module], cfg: RunConfig, topology: Topology, examples: Examples) -> Stage:
@@ -120,11 +120,11 @@ def build_stage(layers: Sequence[nn.Module], cfg: RunConfig, topology: Topology,
     numels = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
     costs: Sequence[float] = numels
     if isinstance(cfg.parallel, PipelineConfig) and cfg.parallel.balance is not StageBalance.parameters:
-        inputs = runtime.to_tensor(examples.take(np.arange(1))[0], cfg.precision, torch.device("cpu"))
+        inputs = runtime.to_tensor(examples.get_batch(np.arange(1))[0], cfg.precision, torch.device("cpu"))
         is_flops = cfg.parallel.balance is StageBalance.flops
         costs = runtime.broadcast_object(measured_costs(layers, inputs, _flops if is_flops else _seconds))
     ranges = model_parts.cut(cfg.parallel, topology.num_stages, numels, costs)
-    return Stage(layers, ranges, cfg.precision, RankSchedule.of(cfg.parallel, topology))
+    return Stage(layers, ranges, cfg.precision, RankSchedule.from_config(cfg.parallel, topology))
 
 
 def measured_costs(

@@ -24,7 +24,7 @@ def evaluate(model: Stage, examples: Examples, topology: Topology, cfg: RunConfi
     model.eval()
     loss = correct = count = 0.0
     for part in sampler.evaluation_batches(len(examples), EVALUATION_BATCH, topology):
-        inputs, targets = runtime.to_tensors(examples.take(part), cfg.precision, runtime.device(topology))
+        inputs, targets = runtime.to_tensors(examples.get_batch(part), cfg.precision, runtime.device(topology))
         logits, targets = forward(model, inputs, targets)
         loss += loss_sum(logits, targets).item()
         correct += (logits.argmax(dim=-1) == targets).sum().item()

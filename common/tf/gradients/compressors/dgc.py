@@ -10,11 +10,11 @@ import tensorflow as tf
 class Compressor(Sparse):
     """Top-k of each rank's velocity; common/gradients/compression.py, deep_gradient_compression()."""
 
-    def __init__(self, cfg: DGCConfig, unit: CompressionGroup) -> None:
-        super().__init__(cfg, unit)
+    def __init__(self, cfg: DGCConfig, group: CompressionGroup) -> None:
+        super().__init__(cfg, group)
         self._cfg = cfg
-        self._velocity, self._residual = unit.new_variable(), unit.new_variable()
-        self.kept = {"velocity": self._velocity, "residual": self._residual}
+        self._velocity, self._residual = group.new_variable(), group.new_variable()
+        self.state = {"velocity": self._velocity, "residual": self._residual}
 
     def choose(self, values: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
         """The indices of the largest magnitudes; more of them during warm-up."""

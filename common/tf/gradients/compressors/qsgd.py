@@ -25,6 +25,6 @@ class RandomRounding(ScaledCodec):
 class Compressor(RandomRounding):
     """QSGD with compression.bits."""
 
-    def __init__(self, cfg: QSGDConfig, unit: CompressionGroup) -> None:
-        super().__init__(cfg, unit)
+    def __init__(self, cfg: QSGDConfig, group: CompressionGroup) -> None:
+        super().__init__(cfg, group)
         self.bits = cfg.bits

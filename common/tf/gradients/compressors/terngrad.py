@@ -13,8 +13,8 @@ class Compressor(RandomRounding):
 
     bits = 2
 
-    def __init__(self, cfg: TernGradConfig, unit: CompressionGroup) -> None:
-        super().__init__(cfg, unit)
+    def __init__(self, cfg: TernGradConfig, group: CompressionGroup) -> None:
+        super().__init__(cfg, group)
         self._clip = cfg.clip
 
     def quantize(self, chunks: tf.Tensor, sizes: np.ndarray, random: Random) -> tuple[tf.Tensor, tf.Tensor]:

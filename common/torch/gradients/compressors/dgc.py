@@ -11,25 +11,25 @@ from torch import Tensor
 class Compressor(Sparse):
     """Top-k of each rank's velocity; common/gradients/compression.py, deep_gradient_compression()."""
 
-    def __init__(self, cfg: DGCConfig, unit: CompressionGroup) -> None:
-        super().__init__(cfg, unit)
+    def __init__(self, cfg: DGCConfig, group: CompressionGroup) -> None:
+        super().__init__(cfg, group)
         self._cfg = cfg
-        self.kept |= {"velocity": unit.new_zeros(), "residual": unit.new_zeros()}
+        self.state |= {"velocity": group.new_zeros(), "residual": group.new_zeros()}
 
     def choose(self, values: Tensor, step: int) -> Tensor:
         """The indices of the largest magnitudes; more of them during warm-up."""
         ratio = sparsity_warm_up(step + 1 - self._cfg.start_step, self._cfg.warmup_steps, self._cfg.ratio)
-        self._places = values.abs().topk(num_sent(len(values), ratio), sorted=False).indices
-        return self._places
+        self._indices = values.abs().topk(num_sent(len(values), ratio), sorted=False).indices
+        return self._indices
 
     def exchange(self, values: Tensor, step: int) -> Exchange:
         """Momentum correction, and momentum factor masking of the sent values."""
-        velocity = torch.mul(self.kept["velocity"], self._cfg.momentum or 0.0, out=self.left.get("velocity"))
+        velocity = torch.mul(self.state["velocity"], self._cfg.momentum or 0.0, out=self.next_state.get("velocity"))
         velocity += values
-        corrected = torch.add(self.kept["residual"], velocity, out=self.left.get("residual"))
+        corrected = torch.add(self.state["residual"], velocity, out=self.next_state.get("residual"))
         summed, residual = yield from super().exchange(corrected, step)
-        before = self.kept["residual"][self._places] + velocity[self._places]
+        before = self.state["residual"][self._indices] + velocity[self._indices]
         # Not at all indices: values that are 0 in half precision were not sent.
-        velocity[self._places[residual[self._places] != before]] = 0
-        self.left |= {"velocity": velocity, "residual": residual}
+        velocity[self._indices[residual[self._indices] != before]] = 0
+        self.next_state |= {"velocity": velocity, "residual": residual}
         return summed, residual

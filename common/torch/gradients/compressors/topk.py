@@ -10,8 +10,8 @@ from torch import Tensor
 class Compressor(Sparse):
     """The fraction cfg.ratio of the values, by magnitude; common/gradients/compression.py, top_k()."""
 
-    def __init__(self, cfg: SparseConfig, unit: CompressionGroup) -> None:
-        super().__init__(cfg, unit)
+    def __init__(self, cfg: SparseConfig, group: CompressionGroup) -> None:
+        super().__init__(cfg, group)
         self._ratio = cfg.ratio
 
     def choose(self, values: Tensor, step: int) -> Tensor:
