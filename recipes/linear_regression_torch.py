@@ -4,39 +4,33 @@
     horovodrun -np 3 python -m recipes.linear_regression_torch data.num_features=100 data.noise=1.0
     horovodrun -np 2 python -m recipes.linear_regression_torch train.global_batch_size=100 optimizer.lr=0.05
 
-At every step, each rank computes the gradient for its part of the examples, these gradients are summed over the ranks,
-and all ranks make the same update. After the default 100 steps the weights agree with the closed-form solution to 1e-6,
-at any -np. recipes/linear_regression_tf.py is the same recipe in Keras 3, with the same functions and the same
-conf/linear_regression.yaml.
+A global batch of n examples has the mean loss L = (l_1 + ... + l_n) / n. Its gradient is a sum over the examples, and a
+sum can be cut: with the examples of rank r in B_r,
+
+    grad L = sum over the ranks of g_r,    g_r = (sum over i in B_r of grad l_i) / n
+
+Each rank divides by n, the size of the global batch, and an allreduce gives every rank the sum of the g_r. With 10
+examples on 3 ranks (4, 3 and 3 of them) that is exact, where the mean of the ranks' own means would count the examples
+of the first rank too little: (1/4) / 3 = 1/12 each instead of 1/10.
+
+So all ranks make the same update, and the loss curve is the same at any -np. After the default 100 steps the weights
+agree with the closed-form solution to 1e-6. recipes/linear_regression_tf.py is the same recipe in Keras 3, with
+the same functions and the same conf/linear_regression.yaml.
 """
 
 from typing import Any
 
 from common.config.schema import LinearRegressionConfig
-from common.config.validation import validate
 from common.data.datasets import linear
-from common.data.sampler import TrainingSampler
 from common.gradients.step_metrics import StepMetrics
-from common.torch.distributed import runtime
-from common.torch.distributed.runtime import Optimizer
-from common.torch.gradients import optimizers
-from common.torch.gradients.autotune import choose_compression
-from common.torch.gradients.gradients import Gradients
-from common.torch.parallel.parameter_server import build_gradients
-from common.torch.parallel.pipeline import forward_backward
-from common.torch.parallel.sharded import build_optimizer
-from common.torch.parallel.stage import Stage, build_stage
-from common.torch.training.checkpoint import State
-from common.training import command_line, provenance
-from common.training.checkpoint import Checkpoints
+from common.torch.engine import Batch, Engine
+from common.torch.job import Job
+from common.training import command_line
 from common.training.lr_schedule import learning_rate
-from common.training.run_log import RunLog, new_folder
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-RECIPE = "linear_regression_torch"
 
 
 def build_layers(num_features: int) -> list[nn.Module]:
@@ -52,65 +46,46 @@ def loss_sum(predictions: Tensor, targets: Tensor) -> Tensor:
     return (predictions - targets).square().sum() / 2
 
 
-def train_step(
-    model: Stage,
-    optimizer: Optimizer,
-    gradients: Gradients,
-    inputs: Tensor,
-    targets: Tensor,
-    global_size: int,
-    cfg: LinearRegressionConfig,
-) -> StepMetrics:
-    """One optimizer step; returns its metrics, such as the mean loss over the global batch."""
-    sums = forward_backward(model, loss_sum, inputs, targets, global_size, gradients)
-    gradients.clip_global_norm(cfg.train.clip_norm)
-    optimizers.step(optimizer, sums)
-    return sums
+def train_step(engine: Engine, batch: Batch, cfg: LinearRegressionConfig) -> StepMetrics:
+    """One optimizer step, the same on every rank; returns its metrics, such as the mean loss over the global batch."""
+    engine.gradients.zero()
+    # Each rank divides its sum by the size of the GLOBAL batch, so that the sum over the ranks is the exact mean.
+    # The allreduce of each bucket of gradients starts while backward still runs.
+    engine.forward_backward(loss_sum, batch.inputs, batch.targets, batch.global_size)
+    metrics = engine.gradients.synchronize()  # waits for the allreduces
+    engine.gradients.clip_norm(cfg.train.clip_norm)
+    engine.step(metrics)
+    return metrics
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, solution: np.ndarray) -> dict[str, float]:
+def distance(engine: Engine, solution: np.ndarray) -> float:
     """Distance between the weights and the closed-form solution, relative to the solution's length."""
-    weights = torch.cat([parameter.flatten() for parameter in model.parameters()]).cpu().double().numpy()
-    return {"test_distance": float(np.linalg.norm(weights - solution) / np.linalg.norm(solution))}
+    engine.gradients.sync_weights()  # parameter servers may hold newer ones
+    weights = torch.cat([weight.flatten() for weight in engine.stage.parameters()]).detach().cpu().double().numpy()
+    return float(np.linalg.norm(weights - solution) / np.linalg.norm(solution))
 
 
 def train(cfg: LinearRegressionConfig) -> dict[str, Any]:
     """Runs the whole training; returns the contents of summary.json."""
-    topology = runtime.init()
-    with runtime.raise_on_all_ranks():
-        topology = validate(cfg, topology)
-    train_set = linear.load(cfg.data, cfg.seed)
+    job = Job(cfg, __file__)  # starts Horovod; a bad configuration is refused by all ranks together
+    train_set = job.load(linear.load, cfg.data, cfg.seed)
     solution = train_set.least_squares()
-    runtime.check_alike(provenance.facts(cfg, train_set.fingerprint))
-    cfg.run.dir = runtime.broadcast_object(new_folder(cfg, RECIPE))
+    engine = job.parallelize(build_layers(cfg.data.num_features), train_set)
+    run = job.restore_or_broadcast(engine, train_set)  # a checkpoint, or rank 0's weights to all ranks
 
-    runtime.seed(cfg.seed, topology)
-    device = runtime.device(topology)
-    model = build_stage(build_layers(cfg.data.num_features), cfg, topology, train_set)
-    optimizer = build_optimizer(cfg, model)
-    cfg.compression = choose_compression(cfg, model, train_set, topology)
-    gradients = build_gradients(cfg, model, optimizer)
-    checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer, gradients), runtime, topology)
-    plan = TrainingSampler.from_config(cfg, len(train_set), topology, checkpoints.restore())
-
-    run = RunLog(cfg, RECIPE, plan, runtime)
-    for step, batch in run.steps(train_set):
-        lr = learning_rate(step, cfg)
-        optimizers.set_learning_rate(optimizer, lr)
-        inputs, targets = runtime.to_tensors(batch, cfg.precision, device)
-        sums = train_step(model, optimizer, gradients, inputs, targets, step.global_size, cfg)
-        run.record(step, lr, sums)
+    for step, batch in run.batches():  # this rank's part of each global batch
+        engine.set_learning_rate(learning_rate(step, cfg))
+        metrics = train_step(engine, batch, cfg)
+        run.record(step, metrics)
         if step.ends_epoch:
-            gradients.sync_weights()
-            run.log(step, **evaluate(model, solution))
-        checkpoints.save_if_due(step, sums, plan)
-    return run.finish(gradients.buckets, runtime.assert_weights_in_sync(model, topology.groups), model.bubble_report())
+            run.log(step, test_distance=distance(engine, solution))
+        run.save_if_due(step, metrics)  # also if a rank got SIGTERM
+    return run.finish(engine.assert_weights_in_sync())
 
 
 def main() -> None:
     """Command line entry: conf/linear_regression.yaml plus key=value overrides."""
-    command_line.run(train, "linear_regression", runtime)
+    command_line.run(train)
 
 
 if __name__ == "__main__":

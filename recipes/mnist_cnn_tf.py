@@ -8,39 +8,21 @@ Training images get small random shifts and rotations, the same for any -np. Tes
 recipes/mnist_cnn_torch.py is the same recipe in PyTorch, with the same functions and the same conf/mnist_cnn.yaml.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from common.config.schema import CNNConfig, MnistCNNConfig
-from common.config.validation import validate
 from common.data import datasets
-from common.data.datasets.augment import Augmented
-from common.data.datasets.balance import class_weights, drawn_classes
-from common.data.sampler import TrainingSampler
 from common.gradients.step_metrics import StepMetrics
-from common.tf.distributed import runtime
-from common.tf.distributed.runtime import Optimizer
-from common.tf.gradients import optimizers
-from common.tf.gradients.autotune import choose_compression
-from common.tf.gradients.gradients import Gradients
-from common.tf.models import mixed_precision
+from common.tf.engine import Batch, Engine, Measure
+from common.tf.job import Job
 from common.tf.models.layers import gelu
-from common.tf.parallel.parameter_server import build_gradients
-from common.tf.parallel.pipeline import compiled, forward_backward
-from common.tf.parallel.sharded import build_optimizer
-from common.tf.parallel.stage import Stage, build_stage
-from common.tf.training.checkpoint import State
-from common.tf.training.classification import evaluate, loss_sum
-from common.training import command_line, preemption, provenance
-from common.training.checkpoint import Checkpoints
+from common.training import command_line
 from common.training.lr_schedule import learning_rate
-from common.training.run_log import RunLog, new_folder
 
 import keras
 import tensorflow as tf
 
-RECIPE = "mnist_cnn_tf"
 GROUPS = 8  # number of groups of channels; each group is normalised together
 
 
@@ -72,80 +54,54 @@ def build_layers(cfg: CNNConfig) -> list[keras.Layer]:
     ]
 
 
-def make_train_step(
-    model: Stage,
-    loss_function: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
-    optimizer: Optimizer,
-    gradients: Gradients,
-    cfg: MnistCNNConfig,
-) -> Callable[..., StepMetrics]:
-    """Returns the step, compiled where possible: (inputs, targets, global_size, stop) -> StepMetrics."""
+def loss_sum(logits: tf.Tensor, targets: tf.Tensor, class_weights: tf.Tensor | None = None) -> tf.Tensor:
+    """The cross-entropy () of logits (B, 10) and targets (B,): a sum, as ranks may hold unequal numbers of examples."""
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
+    if class_weights is not None:
+        losses *= tf.gather(class_weights, targets)
+    return tf.reduce_sum(losses)
 
-    @gradients.compiled
-    def update(grads: list[tf.Tensor], loss: tf.Tensor, stop: tf.Tensor, share: tf.Tensor) -> StepMetrics:
-        """The part of a step after backward: exchanges and clips the gradients, and updates the weights."""
-        sums, grads = gradients.exchange(grads, loss, stop, share)
-        grads = gradients.clip_global_norm(grads, cfg.train.clip_norm)
-        optimizers.apply(optimizer, grads, model, sums)
-        return sums
 
-    def train_step(inputs: tf.Tensor, targets: tf.Tensor, global_size: tf.Tensor, stop: tf.Tensor) -> StepMetrics:
-        """One optimizer step; returns its metrics, such as the mean loss over the global batch."""
-        loss, grads = forward_backward(model, loss_function, inputs, targets, global_size, gradients.loss_scale)
-        return update(grads, loss, stop, tf.shape(inputs)[0] / global_size)
+def num_correct(logits: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+    """The number () of examples whose class has the largest logit."""
+    return tf.reduce_sum(tf.cast(tf.argmax(logits, axis=-1) == targets, tf.int32))
 
-    signature = [
-        tf.TensorSpec((None, 28, 28), cfg.precision.dtype.name),
-        tf.TensorSpec((None,), tf.int64),
-        tf.TensorSpec((), tf.int32),
-        tf.TensorSpec((), tf.bool),
-    ]
-    return compiled(model, train_step, signature)
+
+def train_step(engine: Engine, loss_function: Measure, batch: Batch, cfg: MnistCNNConfig) -> StepMetrics:
+    """One optimizer step, the same on every rank; returns its metrics, such as the mean loss over the global batch."""
+    engine.gradients.zero()
+    # Each rank divides its sum by the size of the GLOBAL batch, so that the sum over the ranks is the exact mean.
+    engine.forward_backward(loss_function, batch.inputs, batch.targets, batch.global_size)
+    metrics = engine.gradients.synchronize()  # the allreduces, each as soon as backward has finished its gradients
+    engine.gradients.clip_norm(cfg.train.clip_norm)
+    engine.step(metrics)
+    return metrics
 
 
 def train(cfg: MnistCNNConfig) -> dict[str, Any]:
     """Runs the whole training; returns the contents of summary.json."""
-    topology = runtime.init()
-    with runtime.raise_on_all_ranks():
-        topology = validate(cfg, topology)
-        datasets.prepare(cfg.data, topology)
-    with runtime.raise_on_all_ranks():
-        images, test_set = datasets.load_images(cfg.data)
-    train_set = Augmented(images, cfg.data, cfg.seed)
-    runtime.check_alike(provenance.facts(cfg, train_set.fingerprint))
-    cfg.run.dir = runtime.broadcast_object(new_folder(cfg, RECIPE))
+    job = Job(cfg, __file__)  # starts Horovod; a bad configuration is refused by all ranks together
+    images, test_set = job.load(datasets.load_images, cfg.data)
+    train_set = datasets.Augmented(images, cfg.data, cfg.seed)
+    engine = job.parallelize(build_layers(cfg.model), train_set)  # the whole model, a stage of it, or a server
+    run = job.restore_or_broadcast(engine, train_set)  # a checkpoint, or rank 0's weights to all ranks
+    loss_function = partial(loss_sum, class_weights=job.class_weights(train_set))
+    step_in_graph = engine.compile(lambda batch: train_step(engine, loss_function, batch, cfg))
 
-    runtime.seed(cfg.seed, topology)
-    mixed_precision.set_policy(cfg.precision)
-    model = build_stage(build_layers(cfg.model), cfg, topology, images)
-    optimizer = build_optimizer(cfg, model)
-    cfg.compression = choose_compression(cfg, model, images, topology)
-    gradients = build_gradients(cfg, model, optimizer)
-    checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer, gradients), runtime, topology)
-    plan = TrainingSampler.from_config(
-        cfg, len(train_set), topology, checkpoints.restore(), drawn_classes(cfg.data, images)
-    )
-    weights = runtime.to_tensor(class_weights(cfg.data, images), cfg.precision)
-    train_step = make_train_step(model, partial(loss_sum, class_weights=weights), optimizer, gradients, cfg)
-
-    run = RunLog(cfg, RECIPE, plan, runtime)
-    for step, batch in run.steps(train_set):
-        lr = learning_rate(step, cfg)
-        optimizers.set_learning_rate(optimizer, lr)
-        runtime.seed_dropout(model, cfg.seed, topology, step.number)
-        inputs, targets = runtime.to_tensors(batch, cfg.precision)
-        sums = train_step(inputs, targets, step.global_size, preemption.requested())
-        run.record(step, lr, sums)
+    for step, batch in run.batches():  # this rank's part of each global batch
+        engine.set_learning_rate(learning_rate(step, cfg))
+        metrics = step_in_graph(batch)
+        run.record(step, metrics)
         if step.ends_epoch:
-            gradients.sync_weights()
-            run.log(step, **evaluate(model, test_set, topology, cfg))
-        checkpoints.save_if_due(step, sums, plan)
-    return run.finish(gradients.buckets, runtime.assert_weights_in_sync(model, topology.groups), model.bubble_report())
+            loss, accuracy = engine.allreduce_mean(test_set, loss_sum, num_correct)  # each example on one rank
+            run.log(step, test_loss=loss, test_accuracy=accuracy)
+        run.save_if_due(step, metrics)  # also if a rank got SIGTERM
+    return run.finish(engine.assert_weights_in_sync())
 
 
 def main() -> None:
     """Command line entry: conf/mnist_cnn.yaml plus key=value overrides."""
-    command_line.run(train, "mnist_cnn", runtime)
+    command_line.run(train)
 
 
 if __name__ == "__main__":

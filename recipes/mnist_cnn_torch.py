@@ -9,37 +9,21 @@ recipes/mnist_cnn_tf.py is the same recipe in Keras 3, with the same functions a
 """
 
 import itertools
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from common.config.schema import CNNConfig, MnistCNNConfig
-from common.config.validation import validate
 from common.data import datasets
-from common.data.datasets.augment import Augmented
-from common.data.datasets.balance import class_weights, drawn_classes
-from common.data.sampler import TrainingSampler
 from common.gradients.step_metrics import StepMetrics
-from common.torch.distributed import runtime
-from common.torch.distributed.runtime import Optimizer
-from common.torch.gradients import optimizers
-from common.torch.gradients.autotune import choose_compression
-from common.torch.gradients.gradients import Gradients
+from common.torch.engine import Batch, Engine, Measure
+from common.torch.job import Job
 from common.torch.models import layers
-from common.torch.parallel.parameter_server import build_gradients
-from common.torch.parallel.pipeline import forward_backward
-from common.torch.parallel.sharded import build_optimizer
-from common.torch.parallel.stage import Stage, build_stage
-from common.torch.training.checkpoint import State
-from common.torch.training.classification import evaluate, loss_sum
-from common.training import command_line, provenance
-from common.training.checkpoint import Checkpoints
+from common.training import command_line
 from common.training.lr_schedule import learning_rate
-from common.training.run_log import RunLog, new_folder
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-RECIPE = "mnist_cnn_torch"
 GROUPS = 8  # number of groups of channels; each group is normalised together
 
 
@@ -72,66 +56,51 @@ def build_layers(cfg: CNNConfig) -> list[nn.Module]:
     ]
 
 
-def train_step(
-    model: Stage,
-    loss_function: Callable[[Tensor, Tensor], Tensor],
-    optimizer: Optimizer,
-    gradients: Gradients,
-    inputs: Tensor,
-    targets: Tensor,
-    global_size: int,
-    cfg: MnistCNNConfig,
-) -> StepMetrics:
-    """One optimizer step; returns its metrics, such as the mean loss over the global batch."""
-    sums = forward_backward(model, loss_function, inputs, targets, global_size, gradients)
-    gradients.clip_global_norm(cfg.train.clip_norm)
-    optimizers.step(optimizer, sums)
-    return sums
+def loss_sum(logits: Tensor, targets: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """The cross-entropy () of logits (B, 10) and targets (B,): a sum, as ranks may hold unequal numbers of examples."""
+    return F.cross_entropy(logits, targets, class_weights, reduction="sum")
+
+
+def num_correct(logits: Tensor, targets: Tensor) -> Tensor:
+    """The number () of examples whose class has the largest logit."""
+    return (logits.argmax(dim=-1) == targets).sum()
+
+
+def train_step(engine: Engine, loss_function: Measure, batch: Batch, cfg: MnistCNNConfig) -> StepMetrics:
+    """One optimizer step, the same on every rank; returns its metrics, such as the mean loss over the global batch."""
+    engine.gradients.zero()
+    # Each rank divides its sum by the size of the GLOBAL batch, so that the sum over the ranks is the exact mean.
+    # The allreduce of each bucket of gradients starts while backward still runs.
+    engine.forward_backward(loss_function, batch.inputs, batch.targets, batch.global_size)
+    metrics = engine.gradients.synchronize()  # waits for the allreduces
+    engine.gradients.clip_norm(cfg.train.clip_norm)
+    engine.step(metrics)
+    return metrics
 
 
 def train(cfg: MnistCNNConfig) -> dict[str, Any]:
     """Runs the whole training; returns the contents of summary.json."""
-    topology = runtime.init()
-    with runtime.raise_on_all_ranks():
-        topology = validate(cfg, topology)
-        datasets.prepare(cfg.data, topology)
-    with runtime.raise_on_all_ranks():
-        images, test_set = datasets.load_images(cfg.data)
-    train_set = Augmented(images, cfg.data, cfg.seed)
-    runtime.check_alike(provenance.facts(cfg, train_set.fingerprint))
-    cfg.run.dir = runtime.broadcast_object(new_folder(cfg, RECIPE))
+    job = Job(cfg, __file__)  # starts Horovod; a bad configuration is refused by all ranks together
+    images, test_set = job.load(datasets.load_images, cfg.data)
+    train_set = datasets.Augmented(images, cfg.data, cfg.seed)
+    engine = job.parallelize(build_layers(cfg.model), train_set)  # the whole model, a stage of it, or a server
+    run = job.restore_or_broadcast(engine, train_set)  # a checkpoint, or rank 0's weights to all ranks
+    loss_function = partial(loss_sum, class_weights=job.class_weights(train_set))
 
-    runtime.seed(cfg.seed, topology)
-    device = runtime.device(topology)
-    model = build_stage(build_layers(cfg.model), cfg, topology, images)
-    optimizer = build_optimizer(cfg, model)
-    cfg.compression = choose_compression(cfg, model, images, topology)
-    gradients = build_gradients(cfg, model, optimizer)
-    checkpoints = Checkpoints(cfg, RECIPE, train_set.fingerprint, State(model, optimizer, gradients), runtime, topology)
-    plan = TrainingSampler.from_config(
-        cfg, len(train_set), topology, checkpoints.restore(), drawn_classes(cfg.data, images)
-    )
-    weights = runtime.to_tensor(class_weights(cfg.data, images), cfg.precision, device)
-    loss_function = partial(loss_sum, class_weights=weights)
-
-    run = RunLog(cfg, RECIPE, plan, runtime)
-    for step, batch in run.steps(train_set):
-        lr = learning_rate(step, cfg)
-        optimizers.set_learning_rate(optimizer, lr)
-        runtime.seed(cfg.seed, topology, step.number)
-        inputs, targets = runtime.to_tensors(batch, cfg.precision, device)
-        sums = train_step(model, loss_function, optimizer, gradients, inputs, targets, step.global_size, cfg)
-        run.record(step, lr, sums)
+    for step, batch in run.batches():  # this rank's part of each global batch
+        engine.set_learning_rate(learning_rate(step, cfg))
+        metrics = train_step(engine, loss_function, batch, cfg)
+        run.record(step, metrics)
         if step.ends_epoch:
-            gradients.sync_weights()
-            run.log(step, **evaluate(model, test_set, topology, cfg))
-        checkpoints.save_if_due(step, sums, plan)
-    return run.finish(gradients.buckets, runtime.assert_weights_in_sync(model, topology.groups), model.bubble_report())
+            loss, accuracy = engine.allreduce_mean(test_set, loss_sum, num_correct)  # each example on one rank
+            run.log(step, test_loss=loss, test_accuracy=accuracy)
+        run.save_if_due(step, metrics)  # also if a rank got SIGTERM
+    return run.finish(engine.assert_weights_in_sync())
 
 
 def main() -> None:
     """Command line entry: conf/mnist_cnn.yaml plus key=value overrides."""
-    command_line.run(train, "mnist_cnn", runtime)
+    command_line.run(train)
 
 
 if __name__ == "__main__":

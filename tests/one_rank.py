@@ -15,6 +15,8 @@ class OneRank:
     def init(self, process_sets: Iterable[Sequence[int]] = ()) -> Topology:
         return ALONE
 
+    def seed(self, number: int, topology: Topology) -> None: ...
+
     def raise_on_all_ranks(self) -> AbstractContextManager[None]:
         return nullcontext()
 

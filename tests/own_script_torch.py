@@ -6,7 +6,7 @@ from common.data import batches
 from common.distributed.topology import Topology
 from common.torch.data.loop import ShardedBatches
 from common.torch.distributed import runtime
-from common.torch.gradients.gradients import Gradients
+from common.torch.gradients.allreduce import AllreduceSync
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ def of_all_ranks(data: Data, size: int, epochs: int, exchange: bool = True) -> H
     with torch.no_grad():
         list(model.parameters())[-1].add_(topology.rank)  # only rank 0's counts
     runtime.broadcast_state(model, optimizer)
-    gradients = Gradients(model.parameters(), topology if exchange else ALONE)
+    gradients = AllreduceSync(model.parameters(), topology if exchange else ALONE)
     train_batches = ShardedBatches(train, size, topology, seed=1)
     test_batches = ShardedBatches(test, size, topology, shuffle=False)
     history: History = {"loss": [], "val_loss": [], "val_accuracy": []}

@@ -24,7 +24,7 @@ class Small(Protocol):
     def exchanged(self, max_norm: float) -> list[np.ndarray]:
         """The exchanged gradients, clipped."""
 
-    def step(self, learning_rate: float) -> None:
+    def step(self, learning_rate: float, metrics: StepMetrics) -> None:
         """Lets the optimizer use them."""
 
     def broadcast(self) -> None:

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from common.config.composition import option
 from common.config.schema import OptimizerConfig
 from common.distributed.topology import Topology
+from common.gradients.gradient_sync import SyncOptions
 from common.gradients.step_metrics import StepMetrics
 from common.parallel.rank_schedule import RankSchedule
 from common.tf.distributed import runtime
+from common.tf.engine import Engine
 from common.tf.gradients import optimizers
-from common.tf.gradients.gradients import Gradients, clip_global_norm
-from common.tf.parallel.pipeline import forward_backward
+from common.tf.gradients.allreduce import AllreduceSync
 from common.tf.parallel.stage import Stage
 
 import numpy as np
@@ -34,27 +35,22 @@ class SmallModel:
         def half_squares(outputs: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
             return 0.5 * tf.reduce_sum(outputs**2)
 
-        shapes = [variable.shape for variable in self.model.trainable_variables]
-        exchange = Gradients(shapes, self.topology, True, dtype="float64", bucket_bytes=bucket_bytes).exchange
-
-        rank_schedule = RankSchedule("1f1b", 1, num_micro_batches, self.topology)
-        stage = Stage(self.model.layers, [range(2)], option("precision", "fp64"), rank_schedule)
-
-        @tf.function
-        def step(data: tf.Tensor) -> tuple[StepMetrics, list[tf.Tensor]]:
-            loss, grads = forward_backward(stage, half_squares, data, data, global_size)
-            return exchange(grads, loss, tf.constant(self.topology.rank == 0), len(inputs) / global_size)
-
-        sums, self.grads = step(tf.constant(inputs))
-        return sums
+        precision, schedule = option("precision", "fp64"), RankSchedule("1f1b", 1, num_micro_batches, self.topology)
+        stage = Stage(self.model.layers, [range(2)], precision, schedule)
+        options = SyncOptions(measure_noise=True, bucket_bytes=bucket_bytes)
+        sync = AllreduceSync(stage.trainable_variables, self.topology, options)
+        self.engine = Engine(stage, sync, self.optimizer, precision)
+        self.engine.gradients.zero()
+        self.engine.forward_backward(half_squares, tf.constant(inputs), tf.constant(inputs), global_size)
+        return self.engine.gradients.synchronize()
 
     def exchanged(self, max_norm: float) -> list[np.ndarray]:
-        self.grads = clip_global_norm(self.grads, max_norm)
-        return [gradient.numpy() for gradient in self.grads]
+        self.engine.gradients.clip_norm(max_norm)
+        return [gradient.numpy() for gradient in self.engine.gradients.gradients]
 
-    def step(self, learning_rate: float) -> None:
-        optimizers.set_learning_rate(self.optimizer, learning_rate)
-        self.optimizer.apply(self.grads, self.model.trainable_variables)
+    def step(self, learning_rate: float, metrics: StepMetrics) -> None:
+        self.engine.set_learning_rate(learning_rate)
+        self.engine.step(metrics)
 
     def broadcast(self) -> None:
         runtime.broadcast_state(self.model, self.optimizer)

@@ -105,12 +105,12 @@ def test_scalars_travel_with_the_gradients(
     assert float(sums.local_grad_sqnorm) == pytest.approx(np.sum(local))
 
 
-def recorded(name: str, method: Callable[..., None], events: list[str]) -> Callable[..., None]:
+def recorded(name: str, method: Callable[..., Any], events: list[str]) -> Callable[..., Any]:
     """The method, which notes its calls and their arguments."""
 
-    def record(self: object, *arguments: int) -> None:
+    def record(self: object, *arguments: int) -> Any:
         events.append(" ".join([name, *map(str, arguments)]))
-        method(self, *arguments)
+        return method(self, *arguments)
 
     return record
 
@@ -120,12 +120,13 @@ def test_buckets_leave_while_backward_runs(
 ) -> None:
     if framework == "tf":
         pytest.skip("TensorFlow's executor orders operations by their data alone")
-    from common.torch.gradients.gradients import Gradients
+    from common.torch.gradients.allreduce import AllreduceSync
+    from common.torch.gradients.bucket_exchange import BucketExchange
 
     topology = runtime.init()
     events: list[str] = []
-    for name in ("_send", "synchronize"):
-        monkeypatch.setattr(Gradients, name, recorded(name, getattr(Gradients, name), events))
+    for kind, name in ((BucketExchange, "_send"), (AllreduceSync, "synchronize")):
+        monkeypatch.setattr(kind, name, recorded(name, getattr(kind, name), events))
     model = small_model.build(framework, small_model.initial_weights(0), SGD, topology)
     model.gradients(np.ones((2, 5)), 2 * topology.world_size, 2, MANY_BUCKETS)
     assert events == ["_send 0", "_send 1", "_send 2", "_send 3", "synchronize"]
@@ -155,8 +156,8 @@ def test_optimizers_follow_their_formulas_while_the_rate_changes(
     for step, rate in enumerate((0.01, 0.1, 0.02, 0.05)):
         inputs = np.random.default_rng(step).standard_normal((9, 5))
         inputs[:, 0] *= step > 1  # the first row of weights has no gradient before
-        model.gradients(inputs[part(9, topology)], 9, 1, ONE_BUCKET)
-        model.step(rate)
+        metrics = model.gradients(inputs[part(9, topology)], 9, 1, ONE_BUCKET)
+        model.step(rate, metrics)
         _, expected = small_model.reference(weights, inputs)
         changes = small_model.updates(cfg, expected, state, rate)
         weights = [weight + change for weight, change in zip(weights, changes, strict=True)]
@@ -169,8 +170,9 @@ def test_weight_decay_is_for_matrices(framework: str, runtime: ModuleType) -> No
     topology = runtime.init()
     before = small_model.initial_weights(0)
     model = small_model.build(framework, before, cfg, topology)
-    model.gradients(np.ones((1, 5)), 2**31 - 1, 1, ONE_BUCKET)  # gradients of next to nothing: decay is what is left
-    model.step(0.1)
+    # Gradients of next to nothing: decay is what is left.
+    metrics = model.gradients(np.ones((1, 5)), 2**31 - 1, 1, ONE_BUCKET)
+    model.step(0.1, metrics)
     for weight, old in zip(model.weights, before, strict=True):
         np.testing.assert_allclose(weight, old * (0.95 if old.ndim == 2 else 1.0), rtol=1e-6)
 

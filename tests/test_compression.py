@@ -159,7 +159,7 @@ def test_dgc_keeps_the_momentum_of_weights_that_it_does_not_compress(
         velocity = 0.9 * velocity + np.sum(of_ranks, axis=0)
         _, received = exchange.step(mine)
         np.testing.assert_allclose(received[1], velocity, rtol=1e-5)
-    kept = {name: array for name, array in exchange.kept.gradients().items() if name.endswith(".momentum")}
+    kept = {name: array for name, array in exchange.checkpoint.gradients().items() if name.endswith(".momentum")}
     assert topology.rank > 0 or any(np.allclose(array, velocity) for array in kept.values() if array.shape == (50,))
 
 
@@ -266,7 +266,7 @@ def test_twenty_steps_lose_nothing_and_leave_all_ranks_alike(
     assert len(set(runtime.allgather_object(digest))) == 1
     residuals = {
         int(re.findall(r"\d+", key)[1]): array
-        for key, array in exchange.kept.gradients().items()
+        for key, array in exchange.checkpoint.gradients().items()
         if key.endswith("residual")
     }
     mine = {str(index): array for index, array in enumerate(given)}
@@ -350,12 +350,12 @@ def test_a_checkpoint_keeps_what_is_summed_at_any_number_of_ranks(
     topology = runtime.init()
     exchange = binding.Exchange([(60, 50)], topology, compression=method(name))
     random = np.random.default_rng(0)
-    arrays = {key: random.standard_normal(array.shape) for key, array in exchange.kept.gradients().items()}
+    arrays = {key: random.standard_normal(array.shape) for key, array in exchange.checkpoint.gradients().items()}
     arrays = {key: array.astype(np.float32) for key, array in arrays.items()} | {
         "counters": np.array([7.0, 1.0, 0.0, 2.0])
     }
     exchange.restore(arrays)
-    kept = exchange.kept.gradients()
+    kept = exchange.checkpoint.gradients()
     if topology.rank == 0:  # which has the whole state
         assert kept.keys() == arrays.keys()
     for key, array in arrays.items() if topology.rank == 0 else ():

@@ -7,6 +7,7 @@ from typing import Any
 
 from common.config.composition import compose
 from common.errors import TrainingError
+from common.gradients.gradient_sync import Counters
 from common.gradients.loss_scale import LossScale
 from common.training import checkpoint
 from tests.launch import read_events
@@ -93,10 +94,9 @@ def test_the_noise_scale_outlives_overflows(framework: str, shared_path: Path) -
 
 
 def test_the_loss_scale_grows_after_quiet_steps_and_halves_at_an_overflow() -> None:
-    scale = LossScale(8.0, growth_steps=2)
-    values = []
+    rule, counters, values = LossScale(8.0, growth_steps=2), Counters(loss_scale=8.0), []
     for overflow in (False, False, True, False, True, True, True, True, True, True):
-        scale.update(overflow)
-        values.append(scale.value)
+        counters = counters.after_step(rule, overflow, lambda condition, a, b: a if condition else b)
+        values.append(counters.loss_scale)
     assert values == [8, 16, 8, 8, 4, 2, 1, 1, 1, 1]
-    assert scale.skipped_steps == 7
+    assert counters.skipped_steps == 7

@@ -9,6 +9,7 @@ from typing import Any
 
 from common.distributed.topology import Topology
 from common.errors import TrainingError
+from common.gradients.gradient_sync import SyncOptions
 from tests.test_compression import method
 
 import pytest
@@ -35,12 +36,12 @@ def steps(gradients: Any, optimizer: Any, loss: Callable[[], Any], num_steps: in
 
 def after_five_steps(place: Topology, **options: Any) -> dict[str, list[float]]:
     """Weights of which one has no gradient, and one has it on the last rank alone."""
-    from common.torch.gradients.gradients import Gradients
+    from common.torch.gradients.allreduce import AllreduceSync
 
     import torch
 
     model = torch.nn.ParameterDict({name: torch.ones(3) for name in ("used", "unused", "of_one_rank")})
-    gradients = Gradients(model.named_parameters(), place, **options)
+    gradients = AllreduceSync(model.named_parameters(), place, SyncOptions(**options))
 
     def loss() -> Any:
         last = place.rank == place.world_size - 1
@@ -61,14 +62,14 @@ def test_a_parameter_without_a_gradient_is_left_alone_as_on_one_rank() -> None:
 
 def test_freezing_and_unfreezing_are_followed_on_all_ranks() -> None:
     from common.torch.distributed import runtime
-    from common.torch.gradients.gradients import Gradients
+    from common.torch.gradients.allreduce import AllreduceSync
 
     import torch
 
     place = topology()
     model = torch.nn.ParameterDict({name: torch.ones(3) for name in ("first", "second")})
     model["second"].requires_grad = False
-    gradients = Gradients(model.named_parameters(), place, compression=method("topk"))
+    gradients = AllreduceSync(model.named_parameters(), place, SyncOptions(method("topk")))
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.5)
 
     def loss() -> Any:
@@ -78,7 +79,7 @@ def test_freezing_and_unfreezing_are_followed_on_all_ranks() -> None:
     steps(gradients, optimizer, loss)
     assert model["second"].tolist() == [1, 1, 1]
     model["second"].requires_grad = True
-    with pytest.raises(TrainingError, match=r"parameter second was frozen and is trained now: .* Gradients.rebuild"):
+    with pytest.raises(TrainingError, match=r"parameter second was frozen and is trained now: .* call rebuild"):
         gradients.zero()
     residual = gradients.state()["residual"][0].clone()
     gradients.rebuild()
@@ -97,14 +98,14 @@ def test_freezing_and_unfreezing_are_followed_on_all_ranks() -> None:
 
 @pytest.mark.parametrize("how", ["two passes", "reentrant checkpointing"])
 def test_a_gradient_that_changes_after_it_has_left_is_found_out_on_all_ranks(how: str) -> None:
-    from common.torch.gradients.gradients import Gradients
+    from common.torch.gradients.allreduce import AllreduceSync
 
     import torch
     from torch.utils.checkpoint import checkpoint
 
     shared, last = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
     model = torch.nn.Sequential(shared, last)
-    gradients = Gradients(model.named_parameters(), topology(), bucket_bytes=16)
+    gradients = AllreduceSync(model.named_parameters(), topology(), SyncOptions(bucket_bytes=16))
     inputs = torch.ones(2, 4, requires_grad=True)
     gradients.zero()
     gradients.prepare_for_backward()
@@ -119,13 +120,13 @@ def test_a_gradient_that_changes_after_it_has_left_is_found_out_on_all_ranks(how
 
 
 def test_the_last_of_several_passes_may_be_the_one_that_sends() -> None:
-    from common.torch.gradients.gradients import Gradients
+    from common.torch.gradients.allreduce import AllreduceSync
 
     import torch
 
     place = topology()
     model = torch.nn.Linear(4, 1)
-    gradients = Gradients(model.named_parameters(), place, bucket_bytes=8)
+    gradients = AllreduceSync(model.named_parameters(), place, SyncOptions(bucket_bytes=8))
     gradients.zero()
     model(torch.ones(1, 4)).sum().backward()
     gradients.prepare_for_backward()
@@ -138,7 +139,7 @@ def test_the_last_of_several_passes_may_be_the_one_that_sends() -> None:
 def test_pieces_of_a_sharded_optimizer_need_all_gradients() -> None:
     from common.config.composition import option
     from common.parallel.rank_schedule import RankSchedule
-    from common.torch.gradients.gradients import Gradients
+    from common.torch.gradients.allreduce import AllreduceSync
     from common.torch.parallel.sharded import ShardedOptimizer
     from common.torch.parallel.stage import Stage
 
@@ -148,6 +149,6 @@ def test_pieces_of_a_sharded_optimizer_need_all_gradients() -> None:
     layers = [torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)]
     stage = Stage(layers, [range(2)], option("precision", "fp32"), RankSchedule("1f1b", 1, 1, place))
     optimizer = ShardedOptimizer(option("optimizer", "adamw"), stage, range(place.world_size))
-    gradients = Gradients(stage.named_parameters(), place)
+    gradients = AllreduceSync(stage.named_parameters(), place)
     with pytest.raises(TrainingError, match=r"optimizer.sharded=true: 1.weight, 1.bias got no gradient on any rank"):
         steps(gradients, optimizer, lambda: layers[0](torch.ones(1, 3)).sum(), num_steps=1)

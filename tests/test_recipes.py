@@ -184,10 +184,10 @@ def test_a_run_without_averaging_is_caught(
     framework: str, runtime: ModuleType, shared_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if framework == "torch":
-        from common.torch.gradients.gradients import Gradients
+        from common.torch.gradients.bucket_exchange import BucketExchange
         from recipes.mnist_mlp_torch import train
 
-        monkeypatch.setattr(Gradients, "_send", lambda self, number: None)
+        monkeypatch.setattr(BucketExchange, "_send", lambda self, number: None)
     else:
         from common.tf.gradients.compression import Dense
         from recipes.mnist_mlp_tf import train

@@ -32,4 +32,6 @@ def train(_: Any) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(train, "mnist_mlp", runtime, [])
+    train.__module__ = f"recipes.mnist_mlp_{framework}"  # as whose part it runs
+    importlib.import_module(train.__module__)
+    command_line.run(train, [])

@@ -8,6 +8,7 @@ what, but never the result.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -129,6 +130,17 @@ class TrainingSampler:
         """Number of steps of the whole run if the batch size does not grow."""
         by_examples = self.train.epochs * math.ceil(self.num_examples / self.train.global_batch_size)
         return min(by_examples, self.train.max_steps or by_examples)
+
+    def observe_gradients(self, step: Step, local: float, whole: float) -> None:
+        """Updates the gradient noise scale, with which the batch may grow; see BatchSizes.observe().
+
+        Args:
+            step: the step of the gradients.
+            local: squared norm of the mean gradient of a rank's examples, summed over the ranks.
+            whole: squared norm of the mean gradient of all examples, before clipping.
+        """
+        sizes = [stop - start for start, stop in pairwise(bounds(step.global_size, self.topology.num_replicas))]
+        self.batch_sizes.observe(step.number, local, whole, sizes)
 
     def _step(self, position: SamplerState, order: np.ndarray) -> Step:
         batch_size = self.batch_sizes.at(position.step + 1)

@@ -17,6 +17,9 @@ class Runtime(Protocol):
     def init(self, process_sets: Iterable[Sequence[int]] = ()) -> Topology:
         """Starts Horovod."""
 
+    def seed(self, number: int, topology: Topology) -> None:
+        """Seeds the random numbers for the initial weights, the same on all ranks."""
+
     def raise_on_all_ranks(self) -> AbstractContextManager[None]:
         """A context from which all ranks raise the same errors, or none raises."""
 

@@ -1,27 +1,25 @@
 """The dynamic loss scale of half precision."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from common.config.schema import LossScalePrecisionConfig, PrecisionConfig
 
 
-@dataclass
+@dataclass(frozen=True)
 class LossScale:
-    """The factor on the loss before backward, so that small gradients do not underflow in half precision.
+    """The rule of the factor on the loss before backward, so that small gradients do not underflow in half precision.
 
     Micikevicius et al., "Mixed Precision Training", 2018, https://arxiv.org/abs/1710.03740 (section 3.2)
 
     Attributes:
-        value: a power of two; 1 without half precision.
-        growth_steps: number of steps without an overflow after which the value doubles; 0: the value does not grow.
-        good_steps: steps since the last overflow or doubling.
-        skipped_steps: number of steps skipped so far because a loss or gradient was not finite.
+        initial: the factor at the start, a power of two; 1 without half precision.
+        growth_steps: number of steps without an overflow after which the factor doubles; 0: it does not change.
     """
 
-    value: float = 1.0
+    initial: float = 1.0
     growth_steps: int = 0
-    good_steps: int = 0
-    skipped_steps: int = 0
 
     @classmethod
     def from_config(cls, cfg: PrecisionConfig) -> "LossScale":
@@ -31,15 +29,21 @@ class LossScale:
 
     @property
     def is_dynamic(self) -> bool:
-        """Whether the scale grows again after steps without an overflow."""
+        """Whether the factor changes."""
         return self.growth_steps > 0
 
-    def update(self, overflow: bool) -> None:
-        """Updates the scale after a step; overflow: whether a loss or gradient of any rank was infinite or NaN."""
-        if overflow:
-            self.value, self.good_steps = max(1.0, self.value / 2), 0
-            self.skipped_steps += 1
-            return
-        self.good_steps += 1
-        if self.is_dynamic and self.good_steps >= self.growth_steps:
-            self.value, self.good_steps = 2 * self.value, 0
+    def after_step(
+        self, value: Any, good_steps: Any, overflow: Any, where: Callable[[Any, Any, Any], Any]
+    ) -> tuple[Any, Any]:
+        """The factor and the number of good steps after a step.
+
+        Args:
+            value: the factor of the step.
+            good_steps: steps since the last overflow or doubling, before this step.
+            overflow: whether a loss or gradient of any rank was infinite or NaN.
+            where: (condition, value if true, value if false) -> value, as the numbers may be scalars of a graph.
+        """
+        is_grown = good_steps + 1 >= self.growth_steps
+        larger, smaller = where(is_grown, 2 * value, value), where(value > 2, value / 2, 1.0)
+        good_steps = where(is_grown, 0.0, good_steps + 1)
+        return where(overflow, smaller, larger), where(overflow, 0.0, good_steps)

@@ -23,9 +23,10 @@ def cut(cfg: ParallelConfig, num_stages: int, numels: Sequence[int], costs: Sequ
         return [range(len(numels))]
     num_chunks, has_weights = num_stages * cfg.virtual_stages_per_rank, [numel > 0 for numel in numels]
     if sum(has_weights) < num_chunks:
+        cause = f"parallel.virtual_stages_per_rank={cfg.virtual_stages_per_rank} that is {num_chunks} chunks"
         problem_of_model = (
-            f"parallel.pipeline_stages={num_stages}: with parallel.virtual_stages_per_rank={cfg.virtual_stages_per_rank} "
-            f"that is {num_chunks} chunks, and the model has {sum(has_weights)} layers with weights; use fewer, or more layers"
+            f"parallel.pipeline_stages={num_stages}: with {cause}, and the model has {sum(has_weights)} layers with "
+            "weights; use fewer, or more layers"
         )
         raise ConfigError([problem_of_model])
     if not cfg.boundaries:

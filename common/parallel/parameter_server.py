@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from typing import Any, NamedTuple, Protocol
 
-from common.config.schema import AdamWConfig, ParameterServerConfig, ParameterServerMode, RunConfig
+from common.config.schema import AdamWConfig, OptimizerConfig, ParameterServerConfig, ParameterServerMode
 from common.distributed.topology import Topology
 from common.errors import TrainingError
 from common.gradients.step_metrics import StepMetrics
@@ -73,7 +73,7 @@ class ServerLoop:
     """The loop of one server: takes in gradient pushes, updates the weights, sends weight replies.
 
     Args:
-        cfg: the configuration.
+        optimizer: the configuration of the optimizer.
         parallel: the configuration of the servers.
         topology: the place of this rank.
         binding: the framework's messages and updates.
@@ -82,11 +82,13 @@ class ServerLoop:
         tracker: counts the steps of each worker.
     """
 
-    def __init__(self, cfg: RunConfig, parallel: ParameterServerConfig, topology: Topology, binding: Binding) -> None:
+    def __init__(
+        self, optimizer: OptimizerConfig, parallel: ParameterServerConfig, topology: Topology, binding: Binding
+    ) -> None:
         self._topology, self._binding, self._is_synchronous = topology, binding, is_synchronous(parallel)
         self.tracker = StalenessTracker(topology.workers, parallel.max_staleness)
         # The size of Adam's steps does not depend on that of the gradients: each of W workers makes 1 / W of a step.
-        is_adam = isinstance(cfg.optimizer, AdamWConfig)
+        is_adam = isinstance(optimizer, AdamWConfig)
         self._rate_factor = 1 / len(topology.workers) if is_adam and not self._is_synchronous else 1.0
         self._unanswered: list[int] = []  # workers that wait for the reply to a push
         self._paused: set[int] = set()

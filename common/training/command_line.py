@@ -1,5 +1,6 @@
 """The command line of a recipe: key=value overrides in, exit status out."""
 
+import importlib
 import os
 import signal
 import sys
@@ -33,12 +34,16 @@ Keys and their values with these options:
 {values}"""
 
 
-def run(train: Callable[[Any], Any], task: str, runtime: Runtime, arguments: Sequence[str] | None = None) -> None:
+def run(train: Callable[[Any], Any], arguments: Sequence[str] | None = None) -> None:
     """Trains with the configuration of the command line; errors end the process with their exit status.
+
+    The name of the module of `train` tells the task and the framework: <task>_<framework>.py.
 
     Status 2: the configuration cannot be run; rank 0 prints why. Status 1: training failed. Status 143: training was
     stopped by SIGTERM and has saved a checkpoint.
     """
+    task, _, framework = Path(str(sys.modules[train.__module__].__file__)).stem.rpartition("_")
+    runtime = importlib.import_module(f"common.{framework}.distributed.runtime")
     words = sys.argv[1:] if arguments is None else arguments
     overrides = [word for word in words if word not in ("-h", "--help")]
     topology = _started(runtime, _process_sets(task, overrides))

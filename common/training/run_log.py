@@ -11,7 +11,6 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -30,7 +29,7 @@ from common.config.schema import (
 from common.data.datasets.examples import Batch, Examples
 from common.data.example_log import Ledger
 from common.data.prefetch import read_ahead
-from common.data.sampler import Step, TrainingSampler, bounds
+from common.data.sampler import Step, TrainingSampler
 from common.distributed.consensus import Runtime
 from common.distributed.topology import Topology
 from common.errors import TrainingError
@@ -120,15 +119,11 @@ class RunLog:
         """
         if self._ledger:
             self._ledger.add(step)
-        is_skipped = self._check_finite(step, sums)
+        self._check_finite(step, sums)
         values: dict[str, float] = {}
         if self._cfg.train.batch_schedule is not BatchSchedule.constant:
             values["batch_size"] = step.batch_size
         if self._cfg.train.batch_schedule is BatchSchedule.noise_scale:
-            if not is_skipped:
-                sizes = [b - a for a, b in pairwise(bounds(step.global_size, self._topology.num_replicas))]
-                local, whole = float(sums.local_grad_sqnorm), float(sums.global_grad_sqnorm)
-                self._plan.batch_sizes.observe(step.number, local, whole, sizes)
             values["noise_scale"] = self._plan.batch_sizes.noise_scale
         values |= self._exchange_values(sums)
         if step.number == 1 or step.number % self._cfg.train.log_every == 0:
@@ -136,8 +131,8 @@ class RunLog:
             losses = {"train_loss": loss} if math.isfinite(loss) else {}  # the loss of a skipped step may be infinite
             self.log(step, lr=lr, **losses, **values)
 
-    def _check_finite(self, step: Step, sums: StepMetrics) -> bool:
-        """Whether the step was skipped; the result is the same on all ranks."""
+    def _check_finite(self, step: Step, sums: StepMetrics) -> None:
+        """Raises a TrainingError, on all ranks, if training cannot go on."""
         is_skipped, remedy = float(sums.overflow) > 0, "a smaller optimizer.lr may help"
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped and float(sums.loss_scale) <= 1 else 0
         if self._skipped_in_a_row > MOST_SKIPPED:
@@ -148,7 +143,6 @@ class RunLog:
                 f"train_loss is {float(sums.loss)} at step {step.number}; {remedy}, or train.on_nonfinite=skip where "
                 "it is a matter of single examples"
             )
-        return is_skipped
 
     def _exchange_values(self, sums: StepMetrics) -> dict[str, float]:
         """The logged values of the gradient exchange; also counts its bytes."""

@@ -59,7 +59,7 @@ def main(words: Sequence[str]) -> None:
     cfg = compose(recipe.rpartition("_")[0], [word for word in overrides if word not in ranks])
     num_ranks = _number(ranks[-1]) if ranks else _least_ranks(cfg.parallel)
     topology = validate(cfg, Topology(0, num_ranks, 0, num_ranks))
-    plan = CostModel(cfg, topology, _describe(recipe, cfg, topology))
+    plan = CostModel(cfg, topology, _profile(recipe, cfg, topology))
     sys.stdout.write("\n\n".join(["\n".join(section) for section in _sections(recipe, cfg, plan) if section]) + "\n")
 
 
@@ -87,13 +87,13 @@ def _least_ranks(cfg: ParallelConfig) -> int:
     return 1 + max(1, cfg.num_servers) if isinstance(cfg, ParameterServerConfig) else 1
 
 
-def _describe(recipe: str, cfg: RunConfig, topology: Topology) -> list[LayerProfile]:
+def _profile(recipe: str, cfg: RunConfig, topology: Topology) -> list[LayerProfile]:
     """The profiles of the recipe's layers, by its framework."""
     module = importlib.import_module(f"recipes.{recipe}")
-    facts: ModuleType = importlib.import_module(f"common.{recipe.rpartition('_')[2]}.parallel.profile")
-    size = micro_batch_size(cfg, topology)
-    described: list[LayerProfile] = facts.describe(_builder(module, cfg), _inputs(cfg, size), cfg.precision)
-    return described
+    profile: ModuleType = importlib.import_module(f"common.{recipe.rpartition('_')[2]}.parallel.profile")
+    inputs = _inputs(cfg, micro_batch_size(cfg, topology))
+    profiles: list[LayerProfile] = profile.profile_layers(_builder(module, cfg), inputs, cfg.precision)
+    return profiles
 
 
 def _builder(recipe: ModuleType, cfg: RunConfig) -> Callable[[], Any]:

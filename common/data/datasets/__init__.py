@@ -14,12 +14,13 @@ from common.config.schema import (
     TextShardsConfig,
 )
 from common.data.datasets import digits, mnist, shards, text
+from common.data.datasets.augment import Augmented
 from common.data.datasets.split import ImageDataset
-from common.data.datasets.text import Corpus
+from common.data.datasets.text import Corpus, Windows
 from common.distributed.topology import Topology
 from common.errors import ConfigError
 
-__all__ = ["SOURCES", "Corpus", "ImageDataset", "load_images", "load_text", "prepare"]
+__all__ = ["SOURCES", "Augmented", "Corpus", "ImageDataset", "Windows", "load_images", "load_text", "prepare"]
 
 Loader = TypeVar("Loader", bound=Callable[..., object])
 

@@ -7,7 +7,8 @@ the order of reading.
 from dataclasses import dataclass
 
 from common.config.schema import ImagesConfig
-from common.data.datasets.examples import Batch, Examples
+from common.data.datasets.examples import Array, Batch
+from common.data.datasets.split import ImageDataset
 
 import numpy as np
 
@@ -22,7 +23,7 @@ class Augmented:
         seed: the seed of the run.
     """
 
-    examples: Examples
+    examples: ImageDataset
     cfg: ImagesConfig
     seed: int
 
@@ -30,6 +31,11 @@ class Augmented:
     def fingerprint(self) -> str:
         """The fingerprint of the original images."""
         return self.examples.fingerprint
+
+    @property
+    def classes(self) -> Array:
+        """(N,) the classes of the images."""
+        return self.examples.classes
 
     def __len__(self) -> int:
         return len(self.examples)

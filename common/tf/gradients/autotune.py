@@ -11,9 +11,10 @@ from common.distributed.timing import median_seconds
 from common.distributed.topology import Topology
 from common.gradients import autotune
 from common.gradients.autotune import Estimate
+from common.gradients.gradient_sync import SyncOptions
 from common.gradients.step_metrics import StepMetrics
 from common.tf.distributed import runtime
-from common.tf.gradients.gradients import Gradients
+from common.tf.gradients.allreduce import AllreduceSync
 
 import horovod.tensorflow as hvd
 import numpy as np
@@ -59,13 +60,14 @@ class _Measure:
         return median_seconds(forward_backward)
 
     def estimate(self, method: str) -> Estimate:
-        shapes = [variable.shape for variable in self.model.trainable_variables]
-        noise = [tf.random.normal(shape) for shape in shapes]
-        gradients = Gradients(shapes, self.topology, compression=option("compression", method))
+        variables = self.model.trainable_variables
+        noise = [tf.random.normal(variable.shape) for variable in variables]
+        gradients = AllreduceSync(variables, self.topology, SyncOptions(option("compression", method)))
 
         @tf.function
         def exchange() -> tuple[StepMetrics, list[tf.Tensor]]:
-            return gradients.exchange(noise, tf.zeros(()), tf.constant(False), tf.zeros(()))
+            gradients.accept(noise, tf.zeros(()), tf.constant(False), tf.zeros(()))
+            return gradients.synchronize(), gradients.gradients
 
         return Estimate(method, median_seconds(exchange), sum(map(float, exchange()[0].wire_bytes)))
 

@@ -7,67 +7,87 @@ https://www.usenix.org/system/files/conference/osdi14/osdi14-paper-li_mu.pdf
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
-from common.config.schema import LossyConfig, OnNonfinite, ParameterServerConfig, RunConfig
-from common.distributed.topology import Topology
+from common.config.schema import LossyConfig, ParallelConfig, ParameterServerConfig
 from common.errors import ConfigError, TrainingError
 from common.gradients.bucketing import Bucket
 from common.gradients.compression import compressor_class, local_clip_norm
-from common.gradients.loss_scale import LossScale
+from common.gradients.gradient_sync import Counters, SyncOptions
 from common.gradients.step_metrics import StepMetrics
 from common.parallel.parameter_server import NOT_FINITE, GradientPush, ServerLoop, WeightReply, is_synchronous
 from common.tf.distributed import runtime
 from common.tf.distributed.runtime import Optimizer
-from common.tf.gradients import optimizers
+from common.tf.gradients import norms, optimizers
+from common.tf.gradients.allreduce import AllreduceSync
 from common.tf.gradients.compression import Codec, Communicator, CompressionGroup, as_bytes, from_bytes
-from common.tf.gradients.gradients import Gradients, all_finite, clip_global_norm, squared_norm
+from common.tf.gradients.loss_scaler import LossScaler
 from common.tf.parallel.sharded import ServedOptimizer
 from common.tf.parallel.stage import Stage
+from common.training import preemption
 
 import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
 
-class ServedGradients(Gradients):
-    """The common base of workers and servers; their exchanges must not run in a graph.
+class ServedSync:
+    """What the ranks with parameter servers have in common: the pieces of the weights, their code, and the counters.
+
+    Its methods must not run in a graph.
 
     Args:
-        cfg: the configuration.
-        parallel: the configuration of the servers.
         stage: the whole model, which all ranks have.
         optimizer: the optimizer of this rank's piece of the weights; on a worker it has no piece.
+        parallel: the configuration of the servers.
+        options: how gradients are summed.
+
+    Attributes:
+        gradients: the gradients of the variables; empty after synchronize(), because the servers use them.
     """
 
     def __init__(
-        self, cfg: RunConfig, parallel: ParameterServerConfig, stage: Stage, optimizer: ServedOptimizer
+        self, stage: Stage, optimizer: ServedOptimizer, parallel: ParameterServerConfig, options: SyncOptions
     ) -> None:
-        shapes, dtype = [variable.shape for variable in stage.trainable_variables], cfg.precision.dtype.name
-        skips = cfg.train.on_nonfinite is OnNonfinite.skip
-        alone, scale = Topology(0, 1, 0, 1), LossScale.from_config(cfg.precision)
-        super().__init__(shapes, alone, loss_scale=scale, dtype=dtype, skip_nonfinite=skips)
-        self._topology, self._optimizer, self._transfers = stage.topology, optimizer, stage.transfers
+        self.options, self._stage, self._topology, self._optimizer = options, stage, stage.topology, optimizer
         self._is_synchronous = is_synchronous(parallel)
-        self._weights = optimizer.flat
+        self._scaler, self._weights, self._transfers = LossScaler(options), optimizer.flat, stage.transfers
         zeros = tf.zeros((self._weights.num_rows, self._weights.size), self._weights.dtype)
-        self.buckets = [Bucket(cfg.compression.name, (), self._weights.size) for _ in self._topology.servers]
-        self._code = _Code(cfg, zeros[:1], self._topology.rank)
-        has_feedback = isinstance(cfg.compression, LossyConfig) and cfg.compression.error_feedback
-        self._residual = tf.Variable(zeros, trainable=False) if has_feedback else None
-        is_clipped_before = has_feedback or not self._is_synchronous
+        self.buckets = [Bucket(options.compression.name, (), self._weights.size) for _ in self._topology.servers]
+        self._code = _PieceCode(options, zeros[:1], self._topology.rank)
+        self._residual = tf.Variable(zeros, trainable=False) if options.has_feedback else None
+        is_clipped_before = options.has_feedback or not self._is_synchronous
         num_workers = len(self._topology.workers)
-        self._local_clip_norm = local_clip_norm(cfg.train.clip_norm, num_workers) if is_clipped_before else 0.0
+        self._local_clip_norm = local_clip_norm(options.clip_norm, num_workers) if is_clipped_before else 0.0
+        self.gradients: list[tf.Tensor] = []
+        self._loss: tf.Tensor = 0.0  # of the step that runs
+        self._stop: tf.Tensor = False
 
-    def compiled(self, update: Callable[..., StepMetrics]) -> Callable[..., StepMetrics]:
-        """Returns the function unchanged: point-to-point messages would deadlock inside a graph."""
-        return update
+    @property
+    def loss_scale(self) -> tf.Tensor | float:
+        """The factor on the losses of the next step, ()."""
+        is_dynamic = self.options.loss_scale.is_dynamic
+        return tf.cast(self._scaler.variable[1], self._weights.dtype) if is_dynamic else 1.0
 
-    def clip_global_norm(self, gradients: Sequence[tf.Tensor], max_norm: float) -> list[tf.Tensor]:
-        """No-op: servers clip at the update, or workers before the push."""
-        return list(gradients)
+    @property
+    def local_state_fraction(self) -> float:
+        """The fraction of a summed state that this rank gets when a checkpoint is loaded."""
+        return self.options.local_state_fraction(self._topology)
+
+    def zero(self) -> None:
+        """Starts a step: clears all gradients."""
+        self.gradients = []
+
+    def accept(
+        self, gradients: Sequence[tf.Tensor], loss: tf.Tensor, stop: tf.Tensor, local_batch_fraction: tf.Tensor
+    ) -> None:
+        """Takes the result of backward; for the arguments see AllreduceSync."""
+        self.gradients, self._loss, self._stop = list(gradients), loss, stop
+
+    def clip_norm(self, max_norm: float) -> None:
+        """Does nothing: servers have clipped the sum before their update, or workers their parts before the push."""
 
     def sync_weights(self) -> None:
         """Copies the newest weights from the servers to all ranks."""
@@ -86,53 +106,53 @@ class ServedGradients(Gradients):
 
     @property
     def variables(self) -> list[tf.Variable]:
-        """The residual."""
-        return [] if self._residual is None else [self._residual]
+        """The residual and the counters."""
+        return [*([] if self._residual is None else [self._residual]), self._scaler.variable]
 
-    @property
-    def local_state_fraction(self) -> float:
-        """The fraction of a summed state that this rank gets: equal for all workers, 0 for servers."""
-        return 0.0 if self._topology.is_server else 1 / len(self._topology.workers)
+    def counters(self) -> Counters:
+        """The counters of the steps so far."""
+        return Counters(*self._scaler.variable.numpy().tolist())
+
+    def set_counters(self, counters: Counters) -> None:
+        """Sets the counters, those of a checkpoint; the loss scale only if it is dynamic."""
+        self._scaler.restore(counters)
 
     @property
     def _num_steps(self) -> int:
-        return int(self.counters[0])
+        return int(self._scaler.variable[0])
 
 
-class Worker(ServedGradients):
-    """Pushes gradients to the servers, and gets the new weights from them."""
+class WorkerSync(ServedSync):
+    """The GradientSync of a worker: pushes gradients to the servers, and gets the new weights from them."""
 
     def __init__(
-        self, cfg: RunConfig, parallel: ParameterServerConfig, stage: Stage, optimizer: ServedOptimizer
+        self, stage: Stage, optimizer: ServedOptimizer, parallel: ParameterServerConfig, options: SyncOptions
     ) -> None:
-        super().__init__(cfg, parallel, stage, optimizer)
+        super().__init__(stage, optimizer, parallel, options)
         self._make_pushes = tf.function(self._pushes)
-        self._take_weights = tf.function(self._take)
 
-    def exchange(
-        self, gradients: Sequence[tf.Tensor], loss: tf.Tensor, stop: tf.Tensor, share: tf.Tensor
-    ) -> tuple[StepMetrics, list[tf.Tensor]]:
-        """Pushes the gradients, and waits until all servers have sent new weights; returns no gradients."""
-        loss_scale = float(self.counters[1])
-        messages, errors = self._make_pushes(gradients, loss, stop, self._code.is_on(self._num_steps))
+    def synchronize(self) -> StepMetrics:
+        """Pushes the gradients, and waits until all servers have sent new weights, which the optimizer's step takes."""
+        loss_scale, is_coded = float(self._scaler.variable[1]), self._code.is_on(self._num_steps)
+        messages, errors = self._make_pushes(self.gradients, self._loss, self._stop, is_coded)
+        self.gradients = []
         answers = [_unpacked(WeightReply, answer) for answer in self._answers(messages)]
-        self._take_weights([content for _, content in answers])
         first = answers[0][0]
         if not self._is_synchronous and not math.isfinite(first.loss):
             raise TrainingError(NOT_FINITE)
-        if self._residual is not None and not first.overflow:
+        self._optimizer.received = [content for _, content in answers]
+        if self._residual is not None and not first.overflow:  # a skipped step does not change the residual
             self._residual.assign(errors)
-        self._keep_state([], tf.constant(first.overflow > 0))
-        sums = StepMetrics(
+        self._scaler.count(first.overflow > 0)
+        return StepMetrics(
             first.loss,
             first.stop,
             0.0,
             first.overflow,
             wire_bytes=[len(message) for message in messages],
             loss_scale=loss_scale,
-            skipped_steps=self.counters[3],
+            skipped_steps=self._scaler.counters.skipped_steps,
         )
-        return sums, []
 
     def sync_weights(self) -> None:
         """Copies the newest weights from the servers to all ranks."""
@@ -151,15 +171,15 @@ class Worker(ServedGradients):
         self, gradients: Sequence[tf.Tensor], loss: tf.Tensor, stop: tf.Tensor, is_coded: bool
     ) -> tuple[list[tf.Tensor], tf.Tensor]:
         """One message to each server, and the compression error, which is kept for the next step."""
-        overflow = tf.zeros((), tf.bool)
-        if self._loss_scale.is_dynamic:
-            gradients = [gradient / self.loss_scale for gradient in gradients]
-        if self._seeks_nonfinite:
-            overflow = ~all_finite([loss, *gradients])
-        rows = self._weights.rows(clip_global_norm(gradients, self._local_clip_norm))
+        gradients, overflow = self._scaler.unscale(gradients)
+        if self.options.finds_nonfinite:
+            overflow |= ~tf.math.is_finite(loss)
+        if self._local_clip_norm:
+            gradients = norms.clip(gradients, self._local_clip_norm, norms.norm(gradients))
+        rows = self._weights.rows(gradients)
         if self._residual is not None:
             rows += self._residual
-        codes = self._code.encode(rows, self.counters[0], is_coded)
+        codes = self._code.encode(rows, self._scaler.variable[0], is_coded)
         errors = tf.zeros(()) if self._residual is None else rows - self._code.decode(codes, is_coded)
         push = GradientPush(loss, stop, overflow, self._optimizer.learning_rate)
         return [_packed(push, code) for code in tf.unstack(codes)], errors
@@ -172,40 +192,34 @@ class Worker(ServedGradients):
         answers = [self._transfers.receive(f"answer.{server}.{me}", like, server) for server in self._topology.servers]
         return [message.result() for message in pushes + answers][len(pushes) :]
 
-    def _take(self, contents: Sequence[tf.Tensor]) -> None:
-        """Assigns the weights that the servers have sent."""
-        self._weights.assign(from_bytes(tf.stack(contents), self._weights.dtype))
 
-
-class Server(ServedGradients):
-    """Updates one piece of the weights; takes no part in forward and backward."""
+class ServerSync(ServedSync):
+    """The GradientSync of a server: updates one piece of the weights; takes no part in forward and backward."""
 
     def __init__(
-        self, cfg: RunConfig, parallel: ParameterServerConfig, stage: Stage, optimizer: ServedOptimizer
+        self, stage: Stage, optimizer: ServedOptimizer, parallel: ParameterServerConfig, options: SyncOptions
     ) -> None:
-        super().__init__(cfg, parallel, stage, optimizer)
+        super().__init__(stage, optimizer, parallel, options)
         if optimizer.piece is None:
             raise ValueError(f"rank {stage.topology.rank} holds no piece of the weights")
-        self._piece, self._clip_norm = optimizer.piece, cfg.train.clip_norm
+        self._piece = optimizer.piece
         self._update, self._decode = tf.function(self._piece.step), tf.function(self._code.decode)
         self._me = self._topology.rank
-        self._service = ServerLoop(cfg, parallel, self._topology, self)
+        self._loop = ServerLoop(optimizer.cfg, parallel, self._topology, self)
         self._expected: dict[int, Future[tf.Tensor]] = {}  # by worker, the push that is being received
         self._leaving: list[Future[tf.Tensor]] = []
 
-    def exchange(
-        self, gradients: Sequence[tf.Tensor], loss: tf.Tensor, stop: tf.Tensor, share: tf.Tensor
-    ) -> tuple[StepMetrics, list[tf.Tensor]]:
+    def synchronize(self) -> StepMetrics:
         """Handles pushes until the gradients of all workers for the next step have arrived and were used."""
-        if self._service.tracker.fastest == 0:  # the model may have loaded other weights since the piece was made
+        if self._loop.tracker.fastest == 0:  # the model may have loaded other weights since the piece was made
             self._piece.take_weights()
-        sums = self._service.serve(bool(stop), float(self.counters[1]))
-        self._keep_state([], tf.constant(float(sums.overflow) > 0))
-        return sums._replace(skipped_steps=self.counters[3]), []
+        metrics = self._loop.serve(preemption.requested(), float(self._scaler.variable[1]))
+        self._scaler.count(float(metrics.overflow) > 0)
+        return metrics._replace(skipped_steps=self._scaler.counters.skipped_steps)
 
     def next_push(self) -> tuple[int, GradientPush, tf.Tensor]:
         """Waits for the next push; returns its worker, its scalars, and its gradients (P,)."""
-        for worker in self._service.pushing:
+        for worker in self._loop.pushing:
             if worker not in self._expected:
                 like = _packed(GradientPush(), tf.zeros(self._code.num_bytes(self._step_of(worker)), tf.uint8))
                 self._expected[worker] = self._transfers.receive(f"push.{self._me}.{worker}", like, worker)
@@ -225,7 +239,7 @@ class Server(ServedGradients):
 
     def sync_weights(self) -> None:
         """Copies the newest weights from the servers to all ranks."""
-        self._service.wait_for_pause()
+        self._loop.wait_for_pause()
         super().sync_weights()
 
     def flush(self) -> None:
@@ -241,12 +255,13 @@ class Server(ServedGradients):
     def total(self, gradients: list[tf.Tensor]) -> tuple[tf.Tensor, float]:
         """The sum of the workers' gradients (P,), and its squared norm."""
         total = tf.add_n(gradients)
-        return total, float(squared_norm([tf.cast(total, tf.float64)]))
+        return total, float(norms.squared_norm([tf.cast(total, tf.float64)]))
 
     def update_together(self, total: tf.Tensor, norm: float) -> None:
         """Updates the weights with the sum of all workers' gradients, clipped by the norm over all servers."""
-        if self._clip_norm and not self._local_clip_norm and norm > self._clip_norm:
-            total *= self._clip_norm / norm
+        clip_norm = self.options.clip_norm
+        if clip_norm and not self._local_clip_norm and norm > clip_norm:
+            total *= clip_norm / norm
         self._update(total)
 
     def sum_over_servers(self, *values: float) -> list[float]:
@@ -263,39 +278,25 @@ class Server(ServedGradients):
 
     def _step_of(self, worker: int) -> int:
         """The number, from 0, of the step of a worker's next push."""
-        tracker = self._service.tracker
+        tracker = self._loop.tracker
         return self._num_steps + tracker.steps[worker] - tracker.slowest
 
 
-def build_gradients(cfg: RunConfig, stage: Stage, optimizer: Optimizer) -> Gradients:
-    """The gradients of a stage: exchanged with the ranks that have the same weights, or with servers."""
-    if isinstance(optimizer, ServedOptimizer) and isinstance(cfg.parallel, ParameterServerConfig):
-        return (Server if stage.topology.is_server else Worker)(cfg, cfg.parallel, stage, optimizer)
-    return _of_recipe(cfg, stage)
+Sync = AllreduceSync | WorkerSync | ServerSync
 
 
-def _of_recipe(cfg: RunConfig, stage: Stage) -> Gradients:
-    """The gradients of a stage, summed over the ranks of the stage."""
-    return Gradients(
-        [variable.shape for variable in stage.trainable_variables],
-        stage.topology,
-        cfg.train.measures_noise,
-        cfg.compression,
-        cfg.op,
-        LossScale.from_config(cfg.precision),
-        cfg.train.clip_norm,
-        cfg.seed,
-        cfg.precision.dtype.name,
-        tied=stage.tied,
-        skip_nonfinite=cfg.train.on_nonfinite is OnNonfinite.skip,
-    )
+def build_sync(stage: Stage, optimizer: Optimizer, options: SyncOptions, parallel: ParallelConfig) -> Sync:
+    """What sums the gradients of a stage: allreduce over the ranks with the same weights, or parameter servers."""
+    if isinstance(optimizer, ServedOptimizer) and isinstance(parallel, ParameterServerConfig):
+        return (ServerSync if stage.topology.is_server else WorkerSync)(stage, optimizer, parallel, options)
+    return AllreduceSync(stage.trainable_variables, stage.topology, options, stage.tied)
 
 
-class _Code:
+class _PieceCode:
     """Encodes the gradients of pieces as bytes: uncompressed, or by a compressor from a start step on.
 
     Args:
-        cfg: the configuration.
+        options: the compression and the seed.
         like: (1, P) a tensor with the shape and dtype of a piece.
         rank: the rank whose random numbers are used.
 
@@ -303,17 +304,17 @@ class _Code:
         ConfigError: the compressor is not a Codec.
     """
 
-    def __init__(self, cfg: RunConfig, like: tf.Tensor, rank: int) -> None:
+    def __init__(self, options: SyncOptions, like: tf.Tensor, rank: int) -> None:
         self._like, self._rank, self._codec = like, rank, None
         self._start = 0
-        if isinstance(cfg.compression, LossyConfig):
-            name, size = cfg.compression.name, like.shape[1]
-            group = CompressionGroup(0, [(size,)], Communicator("push", hvd.global_process_set), cfg.seed)
-            self._codec = compressor_class("tf", name)(cfg.compression, group)
-            self._start = cfg.compression.start_step - 1
+        if isinstance(options.compression, LossyConfig):
+            cfg, size = options.compression, like.shape[1]
+            group = CompressionGroup(0, [(size,)], Communicator("push", hvd.global_process_set), options.seed)
+            self._codec = compressor_class("tf", cfg.name)(cfg, group)
+            self._start = cfg.start_step - 1
             if not isinstance(self._codec, Codec):
                 raise ConfigError(
-                    [f"compression={name}: cannot be pushed to a server; one that derives from Codec can"]
+                    [f"compression={cfg.name}: cannot be pushed to a server; one that derives from Codec can"]
                 )
         self._num_bytes = {is_on: self.encode(like, tf.zeros(()), is_on).shape[1] for is_on in (False, True)}
 

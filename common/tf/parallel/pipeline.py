@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from common.parallel.pipeline_schedule import Action, Kind
 from common.parallel.rank_schedule import RankSchedule
@@ -20,98 +20,27 @@ from common.tf.parallel.stage import Stage
 import tensorflow as tf
 
 
-def compiled(stage: Stage, step: Callable[..., Any], signature: Sequence[tf.TensorSpec]) -> Callable[..., Any]:
-    """Compiles the step unless it contains point-to-point transfers, which deadlock inside a graph.
-
-    Args:
-        stage: this rank's layers.
-        step: the function that calls forward_backward().
-        signature: the specs of its arguments.
-    """
-    if stage.num_chunks == 1 and not stage.topology.num_servers:
-        return tf.function(step, input_signature=signature)
-
-    def eager(*arguments: Any) -> Any:
-        return step(*(tf.cast(value, spec.dtype) for value, spec in zip(arguments, signature, strict=True)))
-
-    return eager
-
-
-def forward_backward(
+def accumulate(
     stage: Stage,
     loss_sum: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
     inputs: tf.Tensor,
     targets: tf.Tensor,
     global_size: tf.Tensor,
-    loss_scale: tf.Tensor | float = 1.0,
+    loss_scale: tf.Tensor,
 ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-    """Runs forward and backward of all micro-batches; with several stages, it must be called outside of graphs.
+    """Runs forward and backward of all micro-batches of a model that is not cut: gradient accumulation.
 
     Args:
-        stage: this rank's layers.
-        loss_sum: (outputs, targets) -> sum of the losses over the examples, not their mean; must be the same object at
-            each step.
+        stage: the whole model.
+        loss_sum: (outputs, targets) -> sum of the losses over the examples, not their mean.
         inputs: (B, ...) inputs of this rank's examples in the step; B may be 0.
         targets: (B, ...) targets of these examples.
-        global_size: () number of examples of all lanes in this step.
-        loss_scale: factor on the gradients, but not on the returned loss.
+        global_size: () number of examples of all ranks in this step.
+        loss_scale: () factor on the gradients, but not on the returned loss.
 
     Returns:
-        This rank's parts of the mean loss over the global batch and of its gradients for the stage's variables. Their
-        sum over the ranks of the stage is exact, even if ranks have unequal numbers of examples.
+        This rank's parts of the mean loss over the global batch, () float64, and of its gradients.
     """
-    if stage.topology.is_server:
-        return tf.zeros((), tf.float64), []
-    if stage.num_chunks == 1:
-        arguments = inputs, targets, tf.cast(global_size, tf.int32), tf.cast(loss_scale, stage.dtype)
-        specs = [
-            tf.TensorSpec([None, *value.shape[1:]] if value.shape.rank else [], value.dtype) for value in arguments
-        ]
-        is_in_graph = tf.inside_function()
-        step = partial(_accumulate, stage, loss_sum) if is_in_graph else _graph(stage, loss_sum, *specs)
-        return step(*arguments)
-    size = tf.cast(global_size, stage.dtype)
-    passes = _ScheduleExecutor(stage, stage.rank_schedule, inputs, targets)
-    passes.loss_function, passes.loss_gradient = stage.compiled_loss(loss_sum), loss_scale / size
-    passes.run(stage.rank_schedule.actions())
-    stage.add_times(passes.seconds, passes.waited_seconds)
-    losses = [tf.zeros((), tf.float64), *(tf.cast(loss, tf.float64) for loss in passes.outputs)]
-    return tf.add_n(losses) / tf.cast(size, tf.float64), passes.gradients
-
-
-def forward(stage: Stage, inputs: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """The outputs of the whole model and their targets on the ranks of the last stage; empty tensors on the others.
-
-    Args:
-        stage: this rank's layers.
-        inputs: (B, ...) inputs of this rank's examples, at least one.
-        targets: (B, ...) targets of these examples.
-    """
-    rank_schedule = replace(stage.rank_schedule, num_micro_batches=1)
-    passes = _ScheduleExecutor(stage, rank_schedule, inputs, targets)
-    passes.run(rank_schedule.forward_actions())
-    if not passes.outputs:
-        return tf.zeros((0, *stage.shapes[-1]), stage.dtype), targets[:0]
-    return tf.concat(passes.outputs, 0), targets
-
-
-@cache
-def _graph(
-    stage: Stage, loss_sum: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], *specs: tf.TensorSpec
-) -> Callable[..., Any]:
-    """_accumulate() as a separate graph, for any number of examples."""
-    return tf.function(partial(_accumulate, stage, loss_sum), input_signature=specs)
-
-
-def _accumulate(
-    stage: Stage,
-    loss_sum: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
-    inputs: tf.Tensor,
-    targets: tf.Tensor,
-    global_size: tf.Tensor,
-    loss_scale: tf.Tensor | float,
-) -> tuple[tf.Tensor, list[tf.Tensor]]:
-    """forward_backward() for a model that is not cut: gradient accumulation."""
     sizes = _part_sizes(tf.shape(inputs)[0], stage.rank_schedule.num_micro_batches)
     total = tf.zeros((), tf.float64)
     sums: list[tf.Tensor] = []
@@ -132,6 +61,14 @@ def _accumulate(
     return total, sums
 
 
+@cache
+def compiled_accumulate(
+    stage: Stage, loss_sum: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], *specs: tf.TensorSpec
+) -> Callable[..., tuple[tf.Tensor, list[tf.Tensor]]]:
+    """accumulate() as a graph, for arguments of these specs."""
+    return tf.function(partial(accumulate, stage, loss_sum), input_signature=specs)
+
+
 class _Pass(NamedTuple):
     """The results of a forward pass that backward needs."""
 
@@ -140,27 +77,40 @@ class _Pass(NamedTuple):
     outputs: tf.Tensor
 
 
-class _ScheduleExecutor:
+class ScheduleExecutor:
     """Executes the schedule of one step on this rank's model chunks.
 
     A compiled backward computes the gradients of inputs and weights together. So with schedule=zb_h1, backward_weight
     only adds gradients: the results are correct, but no bubble is filled.
 
-    Attributes:
+    Args:
+        stage: this rank's layers.
+        rank_schedule: this rank's pipeline schedule.
+        inputs: (B, ...) inputs of this rank's examples in the step; B may be 0.
+        targets: (B, ...) targets of these examples.
         loss_function: (inputs of the last chunk, targets) -> sum of the examples' losses; None: only forward.
         loss_gradient: () gradient of the minimised loss with respect to that sum.
+
+    Attributes:
         gradients: sums of the gradients so far, for the stage's trainable variables.
         outputs: outputs of the whole model, or the sums of its losses; empty except on ranks of the last stage.
         seconds: seconds of the whole step.
         waited_seconds: seconds that this rank has waited for other ranks.
     """
 
-    def __init__(self, stage: Stage, rank_schedule: RankSchedule, inputs: tf.Tensor, targets: tf.Tensor) -> None:
-        self._stage, self._passage, self._inputs, self._targets = stage, rank_schedule, inputs, targets
+    def __init__(
+        self,
+        stage: Stage,
+        rank_schedule: RankSchedule,
+        inputs: tf.Tensor,
+        targets: tf.Tensor,
+        loss_function: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None = None,
+        loss_gradient: tf.Tensor | float = 1.0,
+    ) -> None:
+        self._stage, self._rank_schedule, self._inputs, self._targets = stage, rank_schedule, inputs, targets
+        self._loss_function, self._loss_gradient = loss_function, loss_gradient
         self._micro_batches = rank_schedule.micro_batches(len(inputs))
-        self.loss_function: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None = None
-        self.loss_gradient = tf.ones((), stage.dtype)
-        self._places = {id(variable): place for place, variable in enumerate(stage.trainable_variables)}
+        self._indices = {id(variable): index for index, variable in enumerate(stage.trainable_variables)}
         self.gradients = [tf.zeros(variable.shape, variable.dtype) for variable in stage.trainable_variables]
         self.outputs: list[tf.Tensor] = []
         self.seconds = self.waited_seconds = 0.0
@@ -189,12 +139,12 @@ class _ScheduleExecutor:
     def _forward(self, action: Action) -> None:
         number, examples = action.chunk, self._micro_batches[action.micro_batch]
         inputs = self._inputs[examples] if number == 0 else self._received(action, Kind.receive_activation)
-        is_last, is_training = number == self._stage.num_chunks - 1, self.loss_function is not None
+        is_last, is_training = number == self._stage.num_chunks - 1, self._loss_function is not None
         with tf.GradientTape(watch_accessed_variables=is_training) as tape:
             if is_training and number > 0:
                 tape.watch(inputs)
-            if is_last and self.loss_function is not None:
-                outputs = self.loss_function(inputs, self._targets[examples])
+            if is_last and self._loss_function is not None:
+                outputs = self._loss_function(inputs, self._targets[examples])
             else:
                 outputs = self._stage.compiled_chunk(number, is_training)(inputs)
         if is_last:
@@ -207,24 +157,24 @@ class _ScheduleExecutor:
         self._backward_weight(action)
 
     def _backward_input(self, action: Action) -> None:
-        place = action.chunk, action.micro_batch
-        tape, inputs, outputs = self._saved.pop(place)
+        key = action.chunk, action.micro_batch
+        tape, inputs, outputs = self._saved.pop(key)
         variables = [variable.value for variable in self._stage.chunks[action.chunk].trainable_variables]
         ends = variables if action.chunk == 0 else [inputs, *variables]
         gradients = tape.gradient(outputs, ends, self._output_gradient(action))
         if action.chunk > 0:
-            self._input_gradients[place] = gradients.pop(0)
-        self._weight_gradients[place] = gradients
+            self._input_gradients[key] = gradients.pop(0)
+        self._weight_gradients[key] = gradients
 
     def _backward_weight(self, action: Action) -> None:
         gradients = self._weight_gradients.pop((action.chunk, action.micro_batch))
         for variable, gradient in zip(self._stage.chunks[action.chunk].trainable_variables, gradients, strict=True):
-            self.gradients[self._places[id(variable)]] += tf.convert_to_tensor(gradient)
+            self.gradients[self._indices[id(variable)]] += tf.convert_to_tensor(gradient)
 
     def _output_gradient(self, action: Action) -> tf.Tensor:
         """The gradient of a chunk's outputs, or of the loss."""
         is_last = action.chunk == self._stage.num_chunks - 1
-        return self.loss_gradient if is_last else self._received(action, Kind.receive_gradient)
+        return self._loss_gradient if is_last else self._received(action, Kind.receive_gradient)
 
     def _send_activation(self, action: Action) -> None:
         self._send(action, self._saved[action.chunk, action.micro_batch].outputs)
@@ -239,13 +189,13 @@ class _ScheduleExecutor:
         self._receive(action, self._stage.shapes[action.chunk])
 
     def _send(self, action: Action, values: tf.Tensor) -> None:
-        message = self._stage.transfers.send(self._name(action), values, self._passage.peer(action))
+        message = self._stage.transfers.send(self._name(action), values, self._rank_schedule.peer(action))
         self._leaving.append(message)
 
     def _receive(self, action: Action, shape: tuple[int, ...]) -> None:
         examples = self._micro_batches[action.micro_batch]
         like = tf.zeros((examples.stop - examples.start, *shape), self._stage.dtype)
-        name, peer = self._name(action.other_end), self._passage.peer(action)
+        name, peer = self._name(action.other_end), self._rank_schedule.peer(action)
         self._arriving[action] = self._stage.transfers.receive(name, like, peer)
 
     def _received(self, action: Action, kind: Kind) -> tf.Tensor:
@@ -260,7 +210,7 @@ class _ScheduleExecutor:
 
     def _name(self, sending: Action) -> str:
         """The name of a message, made from its send."""
-        phase = "train" if self.loss_function else "evaluate"
+        phase = "train" if self._loss_function else "evaluate"
         return f"{phase}.{sending.kind}.{sending.chunk}.{sending.micro_batch}"
 
 

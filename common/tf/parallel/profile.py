@@ -7,7 +7,7 @@ from common.config.schema import PrecisionConfig
 from common.parallel.cost_model import LayerProfile
 from common.tf.distributed import runtime
 from common.tf.models import mixed_precision as precisions
-from common.tf.parallel.stage import declare, flops_of_product
+from common.tf.parallel.stage import build_on_meta, flops_of_product
 
 import keras
 import numpy as np
@@ -16,7 +16,7 @@ import tensorflow as tf
 _ALIASES = ("ExpandDims", "Identity", "Reshape", "Squeeze")  # outputs share memory with inputs
 
 
-def describe(
+def profile_layers(
     build: Callable[[], Sequence[keras.Layer]], inputs: np.ndarray, precision: PrecisionConfig
 ) -> list[LayerProfile]:
     """Profiles the layers of a model.
@@ -28,7 +28,7 @@ def describe(
     """
     precisions.set_policy(precision)
     layers, spec = build(), tf.TensorSpec.from_tensor(runtime.to_tensor(inputs, precision))
-    declare(layers, spec)
+    build_on_meta(layers, spec)
     facts = []
     for layer in layers:
         layer_facts, spec = _facts(layer, spec)

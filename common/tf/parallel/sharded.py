@@ -8,11 +8,12 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
-from common.config.schema import OptimizerConfig, RunConfig
+from common.config.schema import OptimizerConfig
 from common.distributed.array_exchange import Arrays
 from common.gradients.compression import piece_size
 from common.tf.distributed import runtime
 from common.tf.gradients import optimizers
+from common.tf.gradients.compression import from_bytes
 from common.tf.parallel.stage import Stage
 
 import horovod.tensorflow as hvd
@@ -189,17 +190,34 @@ class ShardedOptimizer:
 
 
 class ServedOptimizer(ShardedOptimizer):
-    """The optimizer of a parameter server and its workers (common/tf/parallel/parameter_server.py)."""
+    """The optimizer of a parameter server and its workers (common/tf/parallel/parameter_server.py).
+
+    Attributes:
+        cfg: the configuration of the optimizer.
+        received: on a worker, the rows of the weights, as bytes, that the servers have sent and apply() has not taken.
+    """
+
+    def __init__(self, cfg: OptimizerConfig, stage: Stage, owners: Sequence[int]) -> None:
+        super().__init__(cfg, stage, owners)
+        self.cfg = cfg
+        self.received: list[tf.Tensor] = []
+        self._take = tf.function(self._take_received)
 
     def apply(self, gradients: Sequence[tf.Tensor], variables: Sequence[keras.Variable]) -> None:
-        """No-op: the servers have already updated the weights."""
+        """On a worker, takes the weights that the servers have sent; a server has updated its piece at the pushes."""
+        if self.received:
+            self._take(self.received)
+        self.received = []
+
+    def _take_received(self, contents: Sequence[tf.Tensor]) -> None:
+        self.flat.assign(from_bytes(tf.stack(contents), self.flat.dtype))
 
 
-def build_optimizer(cfg: RunConfig, stage: Stage) -> keras.Optimizer | ShardedOptimizer:
+def build_optimizer(cfg: OptimizerConfig, stage: Stage) -> keras.Optimizer | ShardedOptimizer:
     """The configured optimizer for the weights of a stage: whole, sharded, or divided among servers."""
     topology = stage.topology
     if topology.num_servers:
-        return ServedOptimizer(cfg.optimizer, stage, topology.servers)
-    if cfg.optimizer.sharded and topology.world_size > 1:
-        return ShardedOptimizer(cfg.optimizer, stage, range(topology.world_size))
-    return optimizers.build(cfg.optimizer, stage)
+        return ServedOptimizer(cfg, stage, topology.servers)
+    if cfg.sharded and topology.world_size > 1:
+        return ShardedOptimizer(cfg, stage, range(topology.world_size))
+    return optimizers.build(cfg, stage)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from common.config.schema import PipelineConfig, PrecisionConfig, RunConfig, StageBalance
+from common.config.schema import ParallelConfig, PipelineConfig, PrecisionConfig, StageBalance
 from common.data.datasets.examples import Examples
 from common.distributed.timing import median_seconds
 from common.distributed.topology import Topology
@@ -123,30 +123,37 @@ class Stage:
         return self.rank_schedule.bubble_report(runtime.allgather_object(self._times))
 
 
-def build_stage(layers: Sequence[keras.Layer], cfg: RunConfig, topology: Topology, examples: Examples) -> Stage:
+def build_stage(
+    layers: Sequence[keras.Layer],
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    topology: Topology,
+    examples: Examples,
+) -> Stage:
     """Cuts a model and initialises the weights of this rank's layers; all ranks must call it, with equal seeds.
 
     Args:
         layers: the layers of the whole model, in order.
-        cfg: the configuration.
+        parallel: how the model is cut.
+        precision: the dtypes.
         topology: the place of this rank.
         examples: a dataset; one example is passed through the layers if costs must be measured.
 
     Raises:
         ConfigError: the model cannot be cut as configured.
     """
-    inputs = runtime.to_tensor(examples.get_batch(np.arange(1))[0], cfg.precision)
-    declare(layers, inputs)
+    inputs = runtime.to_tensor(examples.get_batch(np.arange(1))[0], precision)
+    build_on_meta(layers, inputs)
     numels = [layer.count_params() for layer in layers]
     costs: Sequence[float] = numels
-    if isinstance(cfg.parallel, PipelineConfig) and cfg.parallel.balance is not StageBalance.parameters:
-        is_flops = cfg.parallel.balance is StageBalance.flops
+    if isinstance(parallel, PipelineConfig) and parallel.balance is not StageBalance.parameters:
+        is_flops = parallel.balance is StageBalance.flops
         costs = runtime.broadcast_object(measured_costs(layers, inputs, _flops if is_flops else _seconds))
-    ranges = model_parts.cut(cfg.parallel, topology.num_stages, numels, costs)
-    return Stage(layers, ranges, cfg.precision, RankSchedule.from_config(cfg.parallel, topology))
+    ranges = model_parts.cut(parallel, topology.num_stages, numels, costs)
+    return Stage(layers, ranges, precision, RankSchedule.from_config(parallel, topology))
 
 
-def declare(layers: Sequence[keras.Layer], inputs: tf.Tensor) -> None:
+def build_on_meta(layers: Sequence[keras.Layer], inputs: tf.Tensor) -> None:
     """Builds the layers on symbolic inputs: afterwards their weights have shapes, but no values and no memory.
 
     Keras keeps a list of such weights to initialise them later; the list is cleared. Its name is that of Keras 3.15.

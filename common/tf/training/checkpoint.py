@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 
 from common.distributed.array_exchange import Arrays
 from common.gradients.compression import RANK_LOCAL_STATE
+from common.gradients.gradient_sync import Counters
 from common.tf.distributed import runtime
 from common.tf.gradients import optimizers
-from common.tf.gradients.gradients import Gradients
+from common.tf.parallel.parameter_server import Sync
 from common.tf.parallel.sharded import ShardedOptimizer
 from common.tf.parallel.stage import Stage
 from common.training.checkpoint import check_names_and_shapes, of_all_stages, of_this_stage
@@ -24,7 +25,7 @@ _AXES = {2: (1, 0), 4: (3, 2, 0, 1)}
 class State:
     """The state of a model, its optimizer and its gradients: the State of common/training/checkpoint.py."""
 
-    def __init__(self, stage: Stage, optimizer: keras.Optimizer | ShardedOptimizer, gradients: Gradients) -> None:
+    def __init__(self, stage: Stage, optimizer: keras.Optimizer | ShardedOptimizer, gradients: Sync) -> None:
         self._stage, self._optimizer, self._gradients = stage, optimizer, gradients
 
     def weights(self) -> Arrays:
@@ -35,73 +36,74 @@ class State:
 
     def optimizer_state(self) -> Arrays:
         """The optimizer's state by name, on rank 0."""
-        return of_all_stages(self._moments(), self._stage.topology, runtime.exchange_arrays)
+        return of_all_stages(self._optimizer_state(), self._stage.topology, runtime.exchange_arrays)
 
     def gradients(self) -> Arrays:
         """The state of compressors and the loss scale, on rank 0; rank-local states as sums over the ranks."""
         state = self._gradients.state()
-        kept = {(kind, index): tensor for kind, tensors in state.items() for index, tensor in tensors.items()}
-        summed = {place: tensor for place, tensor in kept.items() if place[0] in RANK_LOCAL_STATE}
+        tensors_of = {(kind, index): tensor for kind, tensors in state.items() for index, tensor in tensors.items()}
+        summed = {place: tensor for place, tensor in tensors_of.items() if place[0] in RANK_LOCAL_STATE}
         if summed:
             process_set = runtime.process_set(self._stage.topology.group)
             flat = tf.concat([tf.reshape(tensor, [-1]) for tensor in summed.values()], axis=0)
             flat = hvd.allreduce(flat, name="state.summed", op=hvd.Sum, process_set=process_set)
             parts = tf.split(flat, [tensor.shape.num_elements() for tensor in summed.values()])
-            kept |= {place: tf.reshape(part, kept[place].shape) for place, part in zip(summed, parts, strict=True)}
-        arrays = {"counters": self._gradients.counters.numpy()}
-        for (kind, index), tensor in kept.items():
+            tensors_of |= {
+                place: tf.reshape(part, tensors_of[place].shape) for place, part in zip(summed, parts, strict=True)
+            }
+        arrays = {"counters": np.array(self._gradients.counters(), np.float64)}
+        for (kind, index), tensor in tensors_of.items():
             name, axes = self._place(kind, index)
             arrays[f"{name}.{kind}"] = np.ascontiguousarray(tensor.numpy().transpose(axes))
         return of_all_stages(arrays, self._stage.topology, runtime.exchange_arrays)
 
-    def load(self, new_weights: Arrays, new_moments: Arrays, new_gradients: Arrays) -> None:
+    def load(self, new_weights: Arrays, new_optimizer_state: Arrays, new_gradients: Arrays) -> None:
         """Loads weights and the state of the optimizer; states of the gradients only where their shapes match.
 
         Raises:
             ConfigError: the arrays belong to another model.
         """
         everyones_names = runtime.allgather_object(names(self._stage))
-        new_weights, new_moments, new_gradients = (
+        new_weights, new_optimizer_state, new_gradients = (
             of_this_stage(arrays, everyones_names, self._stage.topology, runtime.exchange_arrays)
-            for arrays in (new_weights, new_moments, new_gradients)
+            for arrays in (new_weights, new_optimizer_state, new_gradients)
         )
-        num_updates = int(new_moments.get("num_updates", 0))
+        num_updates = int(new_optimizer_state.get("num_updates", 0))
         if isinstance(self._optimizer, ShardedOptimizer):
             with runtime.raise_on_all_ranks():
-                optimizer_state = self._in_order(new_moments)
+                optimizer_state = self._in_order(new_optimizer_state)
             self._optimizer.load_optimizer_state(optimizer_state, num_updates)
         if not self._stage.topology.leads_group:
             return
         load_weights(self._stage, new_weights)
         self._load_gradients(new_gradients)
-        if not new_moments or isinstance(self._optimizer, ShardedOptimizer):
+        if not new_optimizer_state or isinstance(self._optimizer, ShardedOptimizer):
             return
         self._optimizer.iterations.assign(num_updates)
-        for moment, values in self._in_order(new_moments).items():
-            for variable, value in zip(optimizers.optimizer_state(self._optimizer)[moment], values, strict=True):
+        for kind, values in self._in_order(new_optimizer_state).items():
+            for variable, value in zip(optimizers.optimizer_state(self._optimizer)[kind], values, strict=True):
                 variable.assign(value)
 
     def broadcast(self) -> None:
         """Copies the state from the first rank of each stage to its other ranks; splits sums of rank-local states."""
-        kept = [*self._gradients.variables, self._gradients.counters]
-        runtime.broadcast_state(self._stage, self._optimizer, kept, self._stage.topology.group)
-        share = self._gradients.local_state_fraction
+        runtime.broadcast_state(self._stage, self._optimizer, self._gradients.variables, self._stage.topology.group)
+        fraction = self._gradients.local_state_fraction
         self._gradients.load(
             {
                 kind: {
-                    index: tensor.numpy() * (share if kind in RANK_LOCAL_STATE else 1)
+                    index: tensor.numpy() * (fraction if kind in RANK_LOCAL_STATE else 1)
                     for index, tensor in by_index.items()
                 }
                 for kind, by_index in self._gradients.state().items()
             }
         )
 
-    def _moments(self) -> dict[str, np.ndarray]:
+    def _optimizer_state(self) -> dict[str, np.ndarray]:
         """The optimizer's state for this rank's layers; that of a sharded optimizer is only on rank 0."""
         is_sharded, inner = isinstance(self._optimizer, ShardedOptimizer), _inner(self._optimizer)
         arrays = {
-            f"{name}.{moment}": array
-            for moment, tensors in (
+            f"{name}.{kind}": array
+            for kind, tensors in (
                 self._optimizer.optimizer_state() if is_sharded else optimizers.optimizer_state(inner)
             ).items()
             for name, array in _copies(self._stage, tensors).items()
@@ -121,11 +123,10 @@ class State:
             return {}
         of_weights = _copies(self._stage, self._stage.trainable_variables)
         optimizer_state = list(optimizers.optimizer_state(_inner(self._optimizer)))
-        wanted = {f"{name}.{moment}": array.shape for moment in optimizer_state for name, array in of_weights.items()}
+        wanted = {f"{name}.{kind}": array.shape for kind in optimizer_state for name, array in of_weights.items()}
         check_names_and_shapes(wanted, left)
         return {
-            moment: _in_layout(self._stage, [left[f"{name}.{moment}"] for name in of_weights])
-            for moment in optimizer_state
+            kind: _in_layout(self._stage, [left[f"{name}.{kind}"] for name in of_weights]) for kind in optimizer_state
         }
 
     def _load_gradients(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -138,7 +139,7 @@ class State:
                 if new is not None and new.transpose(np.argsort(axes)).shape == array.shape:
                     state[kind][index] = new.transpose(np.argsort(axes))
         self._gradients.load(state)
-        self._gradients.set_counters(*arrays["counters"])
+        self._gradients.set_counters(Counters(*arrays["counters"].tolist()))  # older ones have three
 
     def _place(self, kind: str, index: int) -> tuple[str, tuple[int, ...]]:
         """The name of a variable, and the transposition of its state to PyTorch's layout."""

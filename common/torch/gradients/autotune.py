@@ -9,9 +9,10 @@ from common.distributed.timing import median_seconds
 from common.distributed.topology import Topology
 from common.gradients import autotune
 from common.gradients.autotune import Estimate
+from common.gradients.gradient_sync import SyncOptions
 from common.gradients.step_metrics import StepMetrics
 from common.torch.distributed import runtime
-from common.torch.gradients.gradients import Gradients
+from common.torch.gradients.allreduce import AllreduceSync
 
 import horovod.torch as hvd
 import numpy as np
@@ -40,7 +41,7 @@ class _Measure:
     def estimate(self, method: str) -> Estimate:
         weights = [nn.Parameter(torch.zeros_like(parameter)) for parameter in self.model.parameters()]
         noise = [torch.randn_like(weight) for weight in weights]
-        gradients = Gradients(weights, self.topology, compression=option("compression", method))
+        gradients = AllreduceSync(weights, self.topology, SyncOptions(option("compression", method)))
 
         def exchange() -> StepMetrics:
             gradients.zero()

@@ -22,3 +22,13 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     rests = [values[parts.numel() :] for values, parts in zip(flat, in_parts, strict=True)]
     norms = [torch.linalg.vector_norm(parts, dim=1) for parts in in_parts if len(parts)]
     return torch.linalg.vector_norm(torch.cat([*norms, torch.stack(torch._foreach_norm(rests))]))
+
+
+def clip(gradients: list[Tensor], max_norm: float, whole: Tensor) -> None:
+    """Scales gradients down in place by max_norm / whole if `whole`, the norm () of all gradients, exceeds max_norm.
+
+    Source: Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks", 2013,
+    https://arxiv.org/abs/1211.5063 (algorithm 1)
+    """
+    if whole > max_norm:
+        torch._foreach_mul_(gradients, max_norm / whole)

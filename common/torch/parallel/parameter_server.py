@@ -11,20 +11,19 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from common.config.schema import LossyConfig, OnNonfinite, ParameterServerConfig, RunConfig
-from common.distributed.topology import Topology
+from common.config.schema import LossyConfig, ParallelConfig, ParameterServerConfig
 from common.errors import ConfigError, TrainingError
 from common.gradients.bucketing import Bucket
 from common.gradients.compression import compressor_class, local_clip_norm
-from common.gradients.loss_scale import LossScale
+from common.gradients.gradient_sync import Counters, SyncOptions
 from common.gradients.step_metrics import StepMetrics
 from common.parallel.parameter_server import NOT_FINITE, GradientPush, ServerLoop, WeightReply, is_synchronous
 from common.torch.distributed import runtime
 from common.torch.distributed.runtime import Optimizer
-from common.torch.gradients import optimizers
+from common.torch.gradients import norms, optimizers
+from common.torch.gradients.allreduce import AllreduceSync
 from common.torch.gradients.compression import Codec, Communicator, CompressionGroup
-from common.torch.gradients.gradients import Gradients
-from common.torch.gradients.norms import norm
+from common.torch.gradients.loss_scaler import LossScaler
 from common.torch.parallel.sharded import ServedOptimizer
 from common.torch.parallel.stage import Stage
 from common.training import preemption
@@ -36,36 +35,54 @@ from torch import Tensor
 SECONDS_BETWEEN_LOOKS = 0.0002
 
 
-class ServedGradients(Gradients):
-    """The common base of workers and servers.
+class ServedSync:
+    """What the ranks with parameter servers have in common: the pieces of the weights, their code, and the counters.
 
     Args:
-        cfg: the configuration.
-        parallel: the configuration of the servers.
         stage: the whole model, which all ranks have.
         optimizer: the optimizer of this rank's piece of the weights; on a worker it has no piece.
+        parallel: the configuration of the servers.
+        options: how gradients are summed.
     """
 
     def __init__(
-        self, cfg: RunConfig, parallel: ParameterServerConfig, stage: Stage, optimizer: ServedOptimizer
+        self, stage: Stage, optimizer: ServedOptimizer, parallel: ParameterServerConfig, options: SyncOptions
     ) -> None:
-        skips = cfg.train.on_nonfinite is OnNonfinite.skip
-        alone, scale = Topology(0, 1, 0, 1), LossScale.from_config(cfg.precision)
-        super().__init__(stage.named_parameters(), alone, loss_scale=scale, skip_nonfinite=skips)
-        self._topology, self._optimizer = stage.topology, optimizer
+        self.options, self._stage, self._topology, self._optimizer = options, stage, stage.topology, optimizer
         self._is_synchronous = is_synchronous(parallel)
-        self._rows = optimizer.flat.rows
-        self.buckets = [Bucket(cfg.compression.name, (), len(row)) for row in self._rows]
-        self._code = _Code(cfg, self._rows[:1], self._topology.rank)
-        has_feedback = isinstance(cfg.compression, LossyConfig) and cfg.compression.error_feedback
-        self._residual = torch.zeros_like(self._rows) if has_feedback else None
+        self._scaler, self._rows = LossScaler(options), optimizer.flat.rows
+        self.buckets = [Bucket(options.compression.name, (), len(row)) for row in self._rows]
+        self._code = _PieceCode(options, self._rows[:1], self._topology.rank)
+        self._residual = torch.zeros_like(self._rows) if options.has_feedback else None
         self._names = [name for name, _ in stage.named_parameters()]
-        is_clipped_before = has_feedback or not self._is_synchronous
+        is_clipped_before = options.has_feedback or not self._is_synchronous
         num_workers = len(self._topology.workers)
-        self._local_clip_norm = local_clip_norm(cfg.train.clip_norm, num_workers) if is_clipped_before else 0.0
+        self._local_clip_norm = local_clip_norm(options.clip_norm, num_workers) if is_clipped_before else 0.0
+        self._loss, self._stop = 0.0, 0.0  # of the step that runs
 
-    def clip_global_norm(self, max_norm: float) -> None:
-        """No-op: servers clip at the update, or workers before the push."""
+    @property
+    def loss_scale(self) -> float:
+        """The factor on the losses of the next step."""
+        return float(self._scaler.counters.loss_scale)
+
+    @property
+    def local_state_fraction(self) -> float:
+        """The fraction of a summed state that this rank gets when a checkpoint is loaded."""
+        return self.options.local_state_fraction(self._topology)
+
+    def zero(self) -> None:
+        """Starts a step: clears all gradients."""
+        for parameter in self._stage.parameters():
+            parameter.grad = None
+
+    def prepare_for_backward(
+        self, loss: Tensor | float = 0.0, stop: bool = False, local_batch_fraction: float = 0.0
+    ) -> None:
+        """Takes the scalars of the step; for the arguments see AllreduceSync."""
+        self._loss, self._stop = float(loss), float(stop)
+
+    def clip_norm(self, max_norm: float) -> None:
+        """Does nothing: servers have clipped the sum before their update, or workers their parts before the push."""
 
     def sync_weights(self) -> None:
         """Copies the newest weights from the servers to all ranks."""
@@ -78,10 +95,13 @@ class ServedGradients(Gradients):
         views = self._optimizer.flat.views(self._residual)
         return {"residual": {index: views[name] for index, name in enumerate(self._names)}}
 
-    @property
-    def local_state_fraction(self) -> float:
-        """The fraction of a summed state that this rank gets: equal for all workers, 0 for servers."""
-        return 0.0 if self._topology.is_server else 1 / len(self._topology.workers)
+    def counters(self) -> Counters:
+        """The counters of the steps so far."""
+        return self._scaler.counters
+
+    def set_counters(self, counters: Counters) -> None:
+        """Sets the counters, those of a checkpoint; the loss scale only if it is dynamic."""
+        self._scaler.restore(counters)
 
     def _transfer(self, what: str, server: int, worker: int, root: int, message: Tensor) -> int:
         """Starts a transfer of bytes between a server and a worker."""
@@ -90,25 +110,24 @@ class ServedGradients(Gradients):
         return handle
 
 
-class Worker(ServedGradients):
-    """Pushes gradients to the servers, and gets the new weights from them."""
+class WorkerSync(ServedSync):
+    """The GradientSync of a worker: pushes gradients to the servers, and gets the new weights from them."""
 
     def __init__(
-        self, cfg: RunConfig, parallel: ParameterServerConfig, stage: Stage, optimizer: ServedOptimizer
+        self, stage: Stage, optimizer: ServedOptimizer, parallel: ParameterServerConfig, options: SyncOptions
     ) -> None:
-        super().__init__(cfg, parallel, stage, optimizer)
-        self._left: dict[int, Tensor] = {}  # by server, the compression error of this step
+        super().__init__(stage, optimizer, parallel, options)
+        self._errors: dict[int, Tensor] = {}  # by server, the compression error of this step
 
     def synchronize(self) -> StepMetrics:
-        """Pushes the gradients, and waits until all servers have sent new weights."""
-        overflow, loss_scale = float(self._riders[3]), self.loss_scale.value
-        if self._seeks_nonfinite:
-            overflow += float(self._unscaled_alone())
+        """Pushes the gradients, and waits until all servers have sent new weights, which the optimizer's step takes."""
+        gradients = [parameter.grad for parameter in self._stage.parameters() if parameter.grad is not None]
+        overflow, loss_scale = self._scaler.unscale(gradients), self.loss_scale
+        if self.options.finds_nonfinite:
+            overflow += float(not math.isfinite(self._loss))
         if self._local_clip_norm:
-            self._clip(self._local_clip_norm, norm(self._all_values()))
-        push = GradientPush(
-            float(self._riders[0]), float(self._riders[1]), overflow, self._optimizer.param_groups[0]["lr"]
-        )
+            norms.clip(gradients, self._local_clip_norm, norms.norm(gradients))
+        push = GradientPush(self._loss, self._stop, overflow, self._optimizer.param_groups[0]["lr"])
         me, servers = self._topology.rank, self._topology.servers
         messages = [_packed(push, self._encoded(row)) for row in servers]
         answers = [torch.empty(_size(WeightReply, row.nbytes), dtype=torch.uint8) for row in self._rows]
@@ -116,17 +135,15 @@ class Worker(ServedGradients):
         handles += [self._transfer("answer", server, me, server, answers[server]) for server in servers]
         for handle in handles:
             hvd.synchronize(handle)
-        for row, answer in zip(self._rows, answers, strict=True):
-            row.copy_(_unpacked(WeightReply, answer)[1].view(row.dtype))
-        first = _unpacked(WeightReply, answers[0])[0]
+        replies = [_unpacked(WeightReply, answer) for answer in answers]
+        first = replies[0][0]
         if not self._is_synchronous and not math.isfinite(first.loss):
             raise TrainingError(NOT_FINITE)
-        if self._seeks_nonfinite:
-            self.loss_scale.update(first.overflow > 0)
+        self._optimizer.received = [content.view(self._rows.dtype) for _, content in replies]
         if self._residual is not None and not first.overflow:  # a skipped step does not change the residual
-            for server, left in self._left.items():
-                self._residual[server] = left
-        self.num_steps += 1
+            for server, error in self._errors.items():
+                self._residual[server] = error
+        self._scaler.count(first.overflow > 0)
         return StepMetrics(
             first.loss,
             first.stop,
@@ -134,13 +151,13 @@ class Worker(ServedGradients):
             first.overflow,
             wire_bytes=[len(message) for message in messages],
             loss_scale=loss_scale,
-            skipped_steps=self.loss_scale.skipped_steps,
+            skipped_steps=self._scaler.counters.skipped_steps,
         )
 
     def sync_weights(self) -> None:
         """Copies the newest weights from the servers to all ranks."""
         if not self._is_synchronous:
-            nothing = torch.zeros(self._code.num_bytes(self.num_steps), dtype=torch.uint8)
+            nothing = torch.zeros(self._code.num_bytes(self._scaler.num_steps), dtype=torch.uint8)
             for handle in self._send_to_servers(
                 [_packed(GradientPush(at_barrier=1), nothing) for _ in self._topology.servers]
             ):
@@ -157,38 +174,36 @@ class Worker(ServedGradients):
         values = self._optimizer.flat.gradients(server)[None]
         if self._residual is not None:
             values += self._residual[server]
-        content = self._code.encode(values, self.num_steps)
+        content = self._code.encode(values, self._scaler.num_steps)
         if self._residual is not None:
-            self._left[server] = values[0] - self._code.decode(content, self.num_steps)
+            self._errors[server] = values[0] - self._code.decode(content, self._scaler.num_steps)
         return content
 
 
-class Server(ServedGradients):
-    """Updates one piece of the weights; takes no part in forward and backward."""
+class ServerSync(ServedSync):
+    """The GradientSync of a server: updates one piece of the weights; takes no part in forward and backward."""
 
     def __init__(
-        self, cfg: RunConfig, parallel: ParameterServerConfig, stage: Stage, optimizer: ServedOptimizer
+        self, stage: Stage, optimizer: ServedOptimizer, parallel: ParameterServerConfig, options: SyncOptions
     ) -> None:
-        super().__init__(cfg, parallel, stage, optimizer)
+        super().__init__(stage, optimizer, parallel, options)
         if optimizer.piece is None:
             raise ValueError(f"rank {stage.topology.rank} holds no piece of the weights")
-        self._piece, self._clip_norm = optimizer.piece, cfg.train.clip_norm
+        self._piece = optimizer.piece
         self._me, self._row = self._topology.rank, self._rows[self._topology.rank]
-        self._service = ServerLoop(cfg, parallel, self._topology, self)
+        self._loop = ServerLoop(optimizer.cfg, parallel, self._topology, self)
         self._expected: dict[int, tuple[int, Tensor]] = {}  # by worker, the push that is being received
         self._leaving: list[tuple[int, Tensor]] = []
 
     def synchronize(self) -> StepMetrics:
         """Handles pushes until the gradients of all workers for the next step have arrived and were used."""
-        sums = self._service.serve(preemption.requested(), self.loss_scale.value)
-        if self._seeks_nonfinite:
-            self.loss_scale.update(float(sums.overflow) > 0)
-        self.num_steps += 1
-        return sums._replace(skipped_steps=self.loss_scale.skipped_steps)
+        metrics = self._loop.serve(preemption.requested(), self.loss_scale)
+        self._scaler.count(float(metrics.overflow) > 0)
+        return metrics._replace(skipped_steps=self._scaler.counters.skipped_steps)
 
     def next_push(self) -> tuple[int, GradientPush, Tensor]:
         """Waits for the next push; returns its worker, its scalars, and its gradients (P,)."""
-        for worker in self._service.pushing:
+        for worker in self._loop.pushing:
             if worker not in self._expected:
                 message = torch.empty(
                     _size(GradientPush, self._code.num_bytes(self._step_of(worker))), dtype=torch.uint8
@@ -212,7 +227,7 @@ class Server(ServedGradients):
 
     def sync_weights(self) -> None:
         """Copies the newest weights from the servers to all ranks."""
-        self._service.wait_for_pause()
+        self._loop.wait_for_pause()
         super().sync_weights()
 
     def flush(self) -> None:
@@ -232,8 +247,9 @@ class Server(ServedGradients):
 
     def update_together(self, total: Tensor, norm: float) -> None:
         """Updates the weights with the sum of all workers' gradients, clipped by the norm over all servers."""
-        if self._clip_norm and not self._local_clip_norm and norm > self._clip_norm:
-            total *= self._clip_norm / norm
+        clip_norm = self.options.clip_norm
+        if clip_norm and not self._local_clip_norm and norm > clip_norm:
+            total *= clip_norm / norm
         self._piece.step(total)
 
     def sum_over_servers(self, *values: float) -> list[float]:
@@ -246,38 +262,25 @@ class Server(ServedGradients):
 
     def _step_of(self, worker: int) -> int:
         """The number, from 0, of the step of a worker's next push."""
-        tracker = self._service.tracker
-        return self.num_steps + tracker.steps[worker] - tracker.slowest
+        tracker = self._loop.tracker
+        return self._scaler.num_steps + tracker.steps[worker] - tracker.slowest
 
 
-def build_gradients(cfg: RunConfig, stage: Stage, optimizer: Optimizer) -> Gradients:
-    """The gradients of a stage: exchanged with the ranks that have the same weights, or with servers."""
-    if isinstance(optimizer, ServedOptimizer) and isinstance(cfg.parallel, ParameterServerConfig):
-        return (Server if stage.topology.is_server else Worker)(cfg, cfg.parallel, stage, optimizer)
-    return _of_recipe(cfg, stage)
+Sync = AllreduceSync | WorkerSync | ServerSync
 
 
-def _of_recipe(cfg: RunConfig, stage: Stage) -> Gradients:
-    """The gradients of a stage, summed over the ranks of the stage."""
-    return Gradients(
-        stage.named_parameters(),
-        stage.topology,
-        cfg.train.measures_noise,
-        cfg.compression,
-        cfg.op,
-        LossScale.from_config(cfg.precision),
-        cfg.train.clip_norm,
-        cfg.seed,
-        tied=stage.tied,
-        skip_nonfinite=cfg.train.on_nonfinite is OnNonfinite.skip,
-    )
+def build_sync(stage: Stage, optimizer: Optimizer, options: SyncOptions, parallel: ParallelConfig) -> Sync:
+    """What sums the gradients of a stage: allreduce over the ranks with the same weights, or parameter servers."""
+    if isinstance(optimizer, ServedOptimizer) and isinstance(parallel, ParameterServerConfig):
+        return (ServerSync if stage.topology.is_server else WorkerSync)(stage, optimizer, parallel, options)
+    return AllreduceSync(stage.named_parameters(), stage.topology, options, stage.tied)
 
 
-class _Code:
+class _PieceCode:
     """Encodes the gradients of a piece as bytes: uncompressed, or by a compressor from a start step on.
 
     Args:
-        cfg: the configuration.
+        options: the compression and the seed.
         like: (1, P) a tensor with the shape and dtype of a piece.
         rank: the rank whose random numbers are used.
 
@@ -285,17 +288,19 @@ class _Code:
         ConfigError: the compressor is not a Codec.
     """
 
-    def __init__(self, cfg: RunConfig, like: Tensor, rank: int) -> None:
+    def __init__(self, options: SyncOptions, like: Tensor, rank: int) -> None:
         self._like, self._rank, self._codec = like, rank, None
         self._start, self._code_bytes = 0, like.nbytes
-        if isinstance(cfg.compression, LossyConfig):
-            name, size = cfg.compression.name, like.shape[1]
-            group = CompressionGroup(0, [(size,)], Communicator("push", hvd.global_process_set), cfg.seed, like.device)
-            self._codec = compressor_class("torch", name)(cfg.compression, group)
-            self._start = cfg.compression.start_step - 1
+        if isinstance(options.compression, LossyConfig):
+            cfg, size = options.compression, like.shape[1]
+            group = CompressionGroup(
+                0, [(size,)], Communicator("push", hvd.global_process_set), options.seed, like.device
+            )
+            self._codec = compressor_class("torch", cfg.name)(cfg, group)
+            self._start = cfg.start_step - 1
             if not isinstance(self._codec, Codec):
                 raise ConfigError(
-                    [f"compression={name}: cannot be pushed to a server; one that derives from Codec can"]
+                    [f"compression={cfg.name}: cannot be pushed to a server; one that derives from Codec can"]
                 )
             self._code_bytes = len(self.encode(like, self._start))
 

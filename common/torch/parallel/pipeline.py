@@ -9,90 +9,48 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from common.gradients.step_metrics import StepMetrics
 from common.parallel.pipeline_schedule import Action, Kind
-from common.parallel.rank_schedule import RankSchedule, last_backward
+from common.parallel.rank_schedule import RankSchedule
 from common.torch.distributed import runtime
-from common.torch.gradients.gradients import Gradients
 from common.torch.parallel.split_backward import Caught
 from common.torch.parallel.stage import Stage
-from common.training import preemption
 
 import horovod.torch as hvd
 import torch
 from torch import Tensor
 
 
-def forward_backward(
-    stage: Stage,
-    loss_sum: Callable[[Tensor, Tensor], Tensor],
-    inputs: Tensor,
-    targets: Tensor,
-    global_size: int,
-    gradients: Gradients,
-) -> StepMetrics:
-    """Runs forward and backward of all micro-batches; leaves the mean over the global batch in the gradients.
-
-    Args:
-        stage: this rank's layers.
-        loss_sum: (outputs, targets) -> sum of the losses over the examples, not their mean.
-        inputs: (B, ...) inputs of this rank's examples in the step; B may be 0.
-        targets: (B, ...) targets of these examples.
-        global_size: number of examples of all lanes in this step.
-        gradients: the gradients of the stage.
-    """
-    gradients.zero()
-    passes = _ScheduleExecutor(stage, stage.rank_schedule, inputs, targets)
-    passes.loss_function = lambda outputs, part: loss_sum(outputs, part) / global_size
-    passes.loss_scale = gradients.loss_scale.value
-    actions = stage.rank_schedule.actions()
-    last = last_backward(actions)
-    start = time.perf_counter()
-    for place, action in enumerate(actions):
-        if place == last:
-            gradients.prepare_for_backward(passes.loss, preemption.requested(), len(inputs) / global_size)
-        passes.run(action)
-    stage.add_times(time.perf_counter() - start, passes.waited_seconds)
-    passes.finish()
-    return gradients.synchronize()
-
-
-@torch.no_grad()
-def forward(stage: Stage, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The outputs of the whole model and their targets on the ranks of the last stage; empty tensors on the others.
-
-    Args:
-        stage: this rank's layers.
-        inputs: (B, ...) inputs of this rank's examples, at least one.
-        targets: (B, ...) targets of these examples.
-    """
-    rank_schedule = replace(stage.rank_schedule, num_micro_batches=1)
-    passes = _ScheduleExecutor(stage, rank_schedule, inputs, targets)
-    for action in rank_schedule.forward_actions():
-        passes.run(action)
-    passes.finish()
-    if not passes.outputs:
-        return torch.zeros((0, *stage.shapes[-1]), dtype=stage.dtype, device=inputs.device), targets[:0]
-    return torch.cat(passes.outputs), targets
-
-
-class _ScheduleExecutor:
+class ScheduleExecutor:
     """Executes the schedule of one step on this rank's model chunks.
 
-    Attributes:
+    Args:
+        stage: this rank's layers.
+        rank_schedule: this rank's pipeline schedule.
+        inputs: (B, ...) inputs of this rank's examples in the step; B may be 0.
+        targets: (B, ...) targets of these examples.
         loss_function: (outputs, targets) -> part of the mean loss; None: only forward.
         loss_scale: factor on the losses before backward.
+
+    Attributes:
         loss: sum of the parts of the mean loss so far.
         outputs: outputs of the whole model, if there is no loss function.
         waited_seconds: seconds that this rank has waited for messages.
     """
 
-    def __init__(self, stage: Stage, rank_schedule: RankSchedule, inputs: Tensor, targets: Tensor) -> None:
-        self._stage, self._passage, self._inputs, self._targets = stage, rank_schedule, inputs, targets
+    def __init__(
+        self,
+        stage: Stage,
+        rank_schedule: RankSchedule,
+        inputs: Tensor,
+        targets: Tensor,
+        loss_function: Callable[[Tensor, Tensor], Tensor] | None = None,
+        loss_scale: float = 1.0,
+    ) -> None:
+        self._stage, self._rank_schedule, self._inputs, self._targets = stage, rank_schedule, inputs, targets
+        self._loss_function, self._loss_scale = loss_function, loss_scale
         self._micro_batches = rank_schedule.micro_batches(len(inputs))
         stage.infer_shapes(inputs)
-        self.loss_function: Callable[[Tensor, Tensor], Tensor] | None = None
-        self.loss_scale, self.loss = 1.0, torch.zeros(())
+        self.loss = torch.zeros(())
         self.outputs: list[Tensor] = []
         self.waited_seconds = 0.0
         # By model chunk and micro-batch: inputs and outputs, gradients of the inputs, state for backward_weight.
@@ -120,15 +78,15 @@ class _ScheduleExecutor:
         if action.chunk > 0:
             inputs = self._received(action, Kind.receive_activation).requires_grad_(torch.is_grad_enabled())
         outputs = self._stage.chunks[action.chunk](inputs)
-        if action.chunk in self._stage.splits:
-            self._caught[action.chunk, action.micro_batch] = self._stage.splits[action.chunk].caught()
+        if action.chunk in self._stage.split_backwards:
+            self._caught[action.chunk, action.micro_batch] = self._stage.split_backwards[action.chunk].caught()
         if action.chunk == self._stage.num_chunks - 1:
-            if self.loss_function is None:
+            if self._loss_function is None:
                 self.outputs.append(outputs)
                 return
-            outputs = self.loss_function(outputs, self._targets[examples])
+            outputs = self._loss_function(outputs, self._targets[examples])
             self.loss = self.loss + outputs.detach()
-            outputs = outputs * self.loss_scale
+            outputs = outputs * self._loss_scale
         self._saved[action.chunk, action.micro_batch] = inputs, outputs
 
     def _backward(self, action: Action) -> None:
@@ -137,20 +95,20 @@ class _ScheduleExecutor:
         self._keep_gradient((action.chunk, action.micro_batch), inputs)
 
     def _backward_input(self, action: Action) -> None:
-        place = action.chunk, action.micro_batch
-        inputs, outputs = self._saved.pop(place)
+        key = action.chunk, action.micro_batch
+        inputs, outputs = self._saved.pop(key)
         gradient = self._output_gradient(action)
         if action.chunk == 0:  # its inputs need no gradient
-            self._for_weights[place] = partial(outputs.backward, gradient)
+            self._for_weights[key] = partial(outputs.backward, gradient)
             return
-        split, caught = self._stage.splits[action.chunk], self._caught.pop(place)
+        split, caught = self._stage.split_backwards[action.chunk], self._caught.pop(key)
         caught = split.backward_input(inputs, outputs, gradient, caught)
-        self._keep_gradient(place, inputs)
-        self._for_weights[place] = partial(split.backward_weight, caught)
+        self._keep_gradient(key, inputs)
+        self._for_weights[key] = partial(split.backward_weight, caught)
 
-    def _keep_gradient(self, place: tuple[int, int], inputs: Tensor) -> None:
+    def _keep_gradient(self, key: tuple[int, int], inputs: Tensor) -> None:
         if inputs.grad is not None:
-            self._input_gradients[place] = inputs.grad
+            self._input_gradients[key] = inputs.grad
 
     def _backward_weight(self, action: Action) -> None:
         self._for_weights.pop((action.chunk, action.micro_batch))()
@@ -175,13 +133,13 @@ class _ScheduleExecutor:
     def _send(self, action: Action, values: Tensor) -> None:
         self._leaving = runtime.under_way(self._leaving)
         values = values.contiguous()
-        handle = hvd.broadcast_async_(values, self._passage.topology.rank, **self._message(action, action))
+        handle = hvd.broadcast_async_(values, self._rank_schedule.topology.rank, **self._message(action, action))
         self._leaving.append((handle, values))
 
     def _receive(self, action: Action, shape: tuple[int, ...]) -> None:
         examples = self._micro_batches[action.micro_batch]
         values = self._inputs.new_empty((examples.stop - examples.start, *shape), dtype=self._stage.dtype)
-        peer = self._passage.peer(action)
+        peer = self._rank_schedule.peer(action)
         self._arriving[action] = hvd.broadcast_async_(values, peer, **self._message(action, action.other_end))
 
     def _received(self, action: Action, kind: Kind) -> Tensor:
@@ -193,6 +151,6 @@ class _ScheduleExecutor:
 
     def _message(self, action: Action, sending: Action) -> dict[str, Any]:
         """Options of a transfer: it is a broadcast in a set of two ranks, named after its send."""
-        pair = sorted((self._passage.topology.rank, self._passage.peer(action)))
-        phase = "train" if self.loss_function else "evaluate"
+        pair = sorted((self._rank_schedule.topology.rank, self._rank_schedule.peer(action)))
+        phase = "train" if self._loss_function else "evaluate"
         return {"name": f"{phase}.{sending}", "process_set": runtime.process_set(pair)}

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def describe(
+def profile_layers(
     build: Callable[[], Sequence[nn.Module]], inputs: np.ndarray, precision: PrecisionConfig
 ) -> list[LayerProfile]:
     """Profiles the layers of a model.

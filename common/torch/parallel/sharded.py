@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from common.config.schema import OptimizerConfig, RunConfig
+from common.config.schema import OptimizerConfig
 from common.distributed.array_exchange import Arrays
 from common.errors import ConfigError, TrainingError
 from common.gradients.compression import piece_size
@@ -212,10 +212,17 @@ class ShardedOptimizer:
 
 
 class ServedOptimizer(ShardedOptimizer):
-    """The optimizer of a parameter server and its workers (common/torch/parallel/parameter_server.py)."""
+    """The optimizer of a parameter server and its workers (common/torch/parallel/parameter_server.py).
+
+    Attributes:
+        cfg: the configuration of the optimizer.
+        received: on a worker, the rows of the weights that the servers have sent and step() has not taken.
+    """
 
     def __init__(self, cfg: OptimizerConfig, stage: Stage, owners: Sequence[int]) -> None:
         super().__init__(cfg, stage, owners)
+        self.cfg = cfg
+        self.received: list[Tensor] = []
         self._rate: list[dict[str, Any]] = [{"lr": cfg.lr, "params": []}]  # of a worker, which sends it to the servers
 
     @property
@@ -224,14 +231,17 @@ class ServedOptimizer(ShardedOptimizer):
         return super().param_groups or self._rate
 
     def step(self) -> None:
-        """No-op: the servers have already updated the weights."""
+        """On a worker, takes the weights that the servers have sent; a server has updated its piece at the pushes."""
+        for row, values in zip(self.flat.rows, self.received, strict=False):
+            row.copy_(values)
+        self.received = []
 
 
-def build_optimizer(cfg: RunConfig, stage: Stage) -> torch.optim.Optimizer | ShardedOptimizer:
+def build_optimizer(cfg: OptimizerConfig, stage: Stage) -> torch.optim.Optimizer | ShardedOptimizer:
     """The configured optimizer for the weights of a stage: whole, sharded, or divided among servers."""
     topology = stage.topology
     if topology.num_servers:
-        return ServedOptimizer(cfg.optimizer, stage, topology.servers)
-    if cfg.optimizer.sharded and topology.world_size > 1:
-        return ShardedOptimizer(cfg.optimizer, stage, range(topology.world_size))
-    return optimizers.build(cfg.optimizer, stage)
+        return ServedOptimizer(cfg, stage, topology.servers)
+    if cfg.sharded and topology.world_size > 1:
+        return ShardedOptimizer(cfg, stage, range(topology.world_size))
+    return optimizers.build(cfg, stage)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from common.config.schema import PipelineConfig, PrecisionConfig, RunConfig, StageBalance
+from common.config.schema import ParallelConfig, PipelineConfig, PrecisionConfig, StageBalance
 from common.data.datasets.examples import Examples
 from common.distributed.timing import median_seconds
 from common.distributed.topology import Topology
@@ -30,7 +30,7 @@ class Stage(nn.Sequential):
 
     Attributes:
         chunks: this rank's model chunks by number; each has consecutive layers.
-        splits: the split backward of chunks whose backward is split.
+        split_backwards: the split backward of chunks whose backward is split.
         num_chunks: number of chunks of the whole model.
         shapes: for each chunk of the whole model, the output shape of one example; set by infer_shapes().
         dtype: the dtype of the chunks' outputs.
@@ -58,7 +58,9 @@ class Stage(nn.Sequential):
         self.num_chunks, self.topology, self.dtype = len(ranges), topology, runtime.dtype(precision)
         self.rank_schedule = rank_schedule
         is_split = rank_schedule.schedule == "zb_h1"
-        self.splits = {number: SplitBackward(chunk) for number, chunk in self.chunks.items() if is_split and number > 0}
+        self.split_backwards = {
+            number: SplitBackward(chunk) for number, chunk in self.chunks.items() if is_split and number > 0
+        }
         self.shapes: list[tuple[int, ...]] = []
         self._times = [0.0, 0.0]
         holders: dict[nn.Parameter, dict[int, None]] = {}
@@ -105,12 +107,19 @@ class Stage(nn.Sequential):
         return self.rank_schedule.bubble_report(runtime.allgather_object(self._times))
 
 
-def build_stage(layers: Sequence[nn.Module], cfg: RunConfig, topology: Topology, examples: Examples) -> Stage:
+def build_stage(
+    layers: Sequence[nn.Module],
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    topology: Topology,
+    examples: Examples,
+) -> Stage:
     """Cuts a model and keeps this rank's layers; all ranks must call it, with equal weights.
 
     Args:
         layers: the layers of the whole model, in order.
-        cfg: the configuration.
+        parallel: how the model is cut.
+        precision: the dtypes.
         topology: the place of this rank.
         examples: a dataset; one example is passed through the layers if costs must be measured.
 
@@ -119,12 +128,12 @@ def build_stage(layers: Sequence[nn.Module], cfg: RunConfig, topology: Topology,
     """
     numels = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
     costs: Sequence[float] = numels
-    if isinstance(cfg.parallel, PipelineConfig) and cfg.parallel.balance is not StageBalance.parameters:
-        inputs = runtime.to_tensor(examples.get_batch(np.arange(1))[0], cfg.precision, torch.device("cpu"))
-        is_flops = cfg.parallel.balance is StageBalance.flops
+    if isinstance(parallel, PipelineConfig) and parallel.balance is not StageBalance.parameters:
+        inputs = runtime.to_tensor(examples.get_batch(np.arange(1))[0], precision, torch.device("cpu"))
+        is_flops = parallel.balance is StageBalance.flops
         costs = runtime.broadcast_object(measured_costs(layers, inputs, _flops if is_flops else _seconds))
-    ranges = model_parts.cut(cfg.parallel, topology.num_stages, numels, costs)
-    return Stage(layers, ranges, cfg.precision, RankSchedule.from_config(cfg.parallel, topology))
+    ranges = model_parts.cut(parallel, topology.num_stages, numels, costs)
+    return Stage(layers, ranges, precision, RankSchedule.from_config(parallel, topology))
 
 
 def measured_costs(

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 from common.distributed.array_exchange import Arrays
 from common.gradients.compression import RANK_LOCAL_STATE
+from common.gradients.gradient_sync import Counters, GradientSync
 from common.torch.distributed import runtime
 from common.torch.gradients import optimizers
-from common.torch.gradients.gradients import Gradients
 from common.torch.parallel.sharded import ShardedOptimizer
 from common.torch.parallel.stage import Stage
 from common.training.checkpoint import check_names_and_shapes, of_all_stages, of_this_stage
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 class State:
     """The state of a model, its optimizer and its gradients: the State of common/training/checkpoint.py."""
 
-    def __init__(self, stage: Stage, optimizer: torch.optim.Optimizer | ShardedOptimizer, gradients: Gradients) -> None:
+    def __init__(
+        self, stage: Stage, optimizer: torch.optim.Optimizer | ShardedOptimizer, gradients: GradientSync
+    ) -> None:
         self._stage, self._optimizer, self._gradients = stage, optimizer, gradients
 
     def weights(self) -> Arrays:
@@ -36,51 +38,55 @@ class State:
 
     def gradients(self) -> Arrays:
         """The state of compressors and the loss scale, on rank 0; rank-local states as sums over the ranks."""
-        kept = self._kept()
-        summed = {name: tensor for name, tensor in kept.items() if name.endswith(RANK_LOCAL_STATE)}
+        state = self._compressor_state()
+        summed = {name: tensor for name, tensor in state.items() if name.endswith(RANK_LOCAL_STATE)}
         if summed:
             process_set = runtime.process_set(self._stage.topology.group)
             lengths = [tensor.numel() for tensor in summed.values()]
             flat = torch.cat([tensor.flatten() for tensor in summed.values()])
             flat = hvd.allreduce(flat, name="state.summed", op=hvd.Sum, process_set=process_set)
-            kept |= {name: part.view_as(kept[name]) for name, part in zip(summed, flat.split(lengths), strict=True)}
-        return self._of_all_stages(kept | {"counters": self._gradients.counters()})
+            state |= {name: part.view_as(state[name]) for name, part in zip(summed, flat.split(lengths), strict=True)}
+        return self._of_all_stages(state | {"counters": self._counters()})
 
-    def load(self, new_weights: Arrays, new_moments: Arrays, new_gradients: Arrays) -> None:
+    def load(self, new_weights: Arrays, new_optimizer_state: Arrays, new_gradients: Arrays) -> None:
         """Loads weights and the state of the optimizer; states of the gradients only where their shapes match.
 
         Raises:
             ConfigError: the arrays belong to another model.
         """
         names = runtime.allgather_object(list(weights(self._stage)))
-        new_weights, new_moments, new_gradients = (
+        new_weights, new_optimizer_state, new_gradients = (
             of_this_stage(arrays, names, self._stage.topology, runtime.exchange_arrays)
-            for arrays in (new_weights, new_moments, new_gradients)
+            for arrays in (new_weights, new_optimizer_state, new_gradients)
         )
         if isinstance(self._optimizer, ShardedOptimizer):
-            self._optimizer.load_optimizer_state(new_moments)
+            self._optimizer.load_optimizer_state(new_optimizer_state)
         if not self._stage.topology.leads_group:
             return
         load_weights(self._stage, new_weights)
-        for name, tensor in self._kept().items():
+        for name, tensor in self._compressor_state().items():
             if name in new_gradients and new_gradients[name].shape == tensor.shape:
                 tensor.copy_(torch.from_numpy(new_gradients[name]))
-        self._gradients.set_counters(torch.from_numpy(new_gradients["counters"]))
-        if new_moments and not isinstance(self._optimizer, ShardedOptimizer):
-            _load(optimizers.optimizer_state(self._optimizer, self._stage), new_moments)
-            if "num_updates" in new_moments:
-                optimizers.set_num_updates(self._optimizer, float(new_moments["num_updates"]))
+        self._gradients.set_counters(Counters(*new_gradients["counters"].tolist()))  # older ones have three
+        if new_optimizer_state and not isinstance(self._optimizer, ShardedOptimizer):
+            _load(optimizers.optimizer_state(self._optimizer, self._stage), new_optimizer_state)
+            if "num_updates" in new_optimizer_state:
+                optimizers.set_num_updates(self._optimizer, float(new_optimizer_state["num_updates"]))
 
     def broadcast(self) -> None:
         """Copies the state from the first rank of each stage to its other ranks; splits sums of rank-local states."""
-        kept, counters, group = self._kept(), self._gradients.counters(), self._stage.topology.group
-        runtime.broadcast_state(self._stage, self._optimizer, [*kept.values(), counters], group)
-        self._gradients.set_counters(counters)
-        for name, tensor in kept.items():
+        state, counters, group = self._compressor_state(), self._counters(), self._stage.topology.group
+        runtime.broadcast_state(self._stage, self._optimizer, [*state.values(), counters], group)
+        self._gradients.set_counters(Counters(*counters.tolist()))
+        for name, tensor in state.items():
             if name.endswith(RANK_LOCAL_STATE):
                 tensor.mul_(self._gradients.local_state_fraction)
 
-    def _kept(self) -> dict[str, Tensor]:
+    def _counters(self) -> Tensor:
+        """(4,) float64, the counters of the gradients' steps."""
+        return torch.tensor(self._gradients.counters(), dtype=torch.float64)
+
+    def _compressor_state(self) -> dict[str, Tensor]:
         """The state of this rank's compressors by name, such as 1.weight.residual."""
         names = list(weights(self._stage))
         return {
