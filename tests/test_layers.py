@@ -10,13 +10,13 @@ import pytest
 
 # Rooms from the ground up; a room imports from itself and from those below it. Both bindings stand on the neutral ones.
 NEUTRAL = ("errors", "file_io", "distributed", "config", "data", "gradients", "parallel", "training")
-BINDING = ("distributed", "data", "gradients", "models", "parallel", "training", "fit")
+BINDING = ("distributed", "data", "gradients", "models", "parallel", "training", "engine", "job", "fit")
 BINDINGS = ("torch", "tf")
 FRAMEWORKS = ("torch", "tensorflow", "keras", "horovod")
 # Files that only one binding has.
 ONE_BINDING = {
     "torch/data/loop.py": "a plain loop is PyTorch's; Keras has fit",
-    "torch/gradients/norms.py": "TensorFlow's own norms are exact",
+    "torch/gradients/bucket_exchange.py": "hooks of backward; a graph's order of data does it in TensorFlow",
     "torch/parallel/split_backward.py": "a tape makes both gradients at once",
     "tf/distributed/transfers.py": "Horovod's TensorFlow operations wait for each other, so that threads post them",
     "tf/fit.py": "PyTorch has no fit",
@@ -62,6 +62,13 @@ def test_imports_only_point_down(path: Path) -> None:
 def test_neutral_modules_know_no_framework(path: Path) -> None:
     if path.relative_to(ROOT / "common").parts[0] not in BINDINGS:
         assert not [name for framework in FRAMEWORKS for name in imported(path, framework)]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_engine_can_be_used_without_a_configuration_of_a_run(path: Path) -> None:
+    binding, *inner = path.relative_to(ROOT / "common").parts
+    if binding in BINDINGS and inner[-1] not in ("job.py", "autotune.py"):
+        assert "common.config.schema.RunConfig" not in imported(path, "common")
 
 
 def test_both_bindings_have_the_same_files() -> None:

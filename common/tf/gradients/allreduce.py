@@ -29,7 +29,7 @@ class AllreduceSync(Allreduce):
     graph, each is sent as soon as its gradients are computed.
 
     Args:
-        variables: the variables of the model or of this rank's stage, in order.
+        weights: the variables of the model or of this rank's stage, in order.
         topology: the place of this rank; the ranks of its group exchange gradients.
         options: how gradients are summed.
         tied: for each variable that is shared with other stages: its number, and all ranks that have it.
@@ -41,15 +41,15 @@ class AllreduceSync(Allreduce):
 
     def __init__(
         self,
-        variables: Sequence[keras.Variable],
+        weights: Sequence[keras.Variable],
         topology: Topology,
         options: SyncOptions = SyncOptions(),  # noqa: B008 (it is frozen)
         tied: Iterable[tuple[int, Sequence[int]]] = (),
     ) -> None:
         tied = list(tied)
         self.options, self._topology = options, topology
-        self._dtype = tf.as_dtype(variables[0].dtype)
-        shapes = [tuple(variable.shape) for variable in variables]
+        self._dtype = tf.as_dtype(weights[0].dtype)
+        shapes = [tuple(variable.shape) for variable in weights]
         not_compressed = [number for number, _ in tied]
         self.buckets = bucketing.of_model(
             shapes, self._dtype.size, options.compression, options.op, options.bucket_bytes, not_compressed

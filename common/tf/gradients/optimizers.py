@@ -4,11 +4,9 @@ import math
 from collections.abc import Sequence
 
 from common.config.schema import AdamWConfig, OptimizerConfig, SGDConfig
-from common.gradients.step_metrics import StepMetrics
 from common.tf.distributed.runtime import Optimizer
 
 import keras
-import tensorflow as tf
 
 
 class SGD(keras.optimizers.SGD):
@@ -70,14 +68,14 @@ def build(cfg: OptimizerConfig, model: keras.Model) -> keras.Optimizer:
 
 
 def build_for(
-    cfg: OptimizerConfig, variables: Sequence[keras.Variable], others: Sequence[keras.Variable]
+    cfg: OptimizerConfig, weights: Sequence[keras.Variable], undecayed: Sequence[keras.Variable]
 ) -> keras.Optimizer:
-    """The configured optimizer for variables, some of which, the others, have no weight decay.
+    """The configured optimizer for weights, some of which, the undecayed ones, have no weight decay.
 
     AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, https://arxiv.org/abs/1711.05101
     """
-    optimizer = _build(cfg, others)
-    optimizer.build(variables)  # created now, so that the state of a checkpoint or of rank 0 can be loaded
+    optimizer = _build(cfg, undecayed)
+    optimizer.build(weights)  # created now, so that the state of a checkpoint or of rank 0 can be loaded
     return optimizer
 
 
@@ -88,24 +86,14 @@ def optimizer_state(optimizer: keras.Optimizer) -> dict[str, list[keras.Variable
     return {"momentum": optimizer.momentums} if optimizer.momentum else {}
 
 
-def _build(cfg: OptimizerConfig, others: Sequence[keras.Variable]) -> keras.Optimizer:
+def _build(cfg: OptimizerConfig, undecayed: Sequence[keras.Variable]) -> keras.Optimizer:
     if isinstance(cfg, SGDConfig):
         return SGD(cfg.lr, cfg.momentum)
     if isinstance(cfg, AdamWConfig):
         optimizer = AdamW(cfg)
-        optimizer.exclude_from_weight_decay(list(others))
+        optimizer.exclude_from_weight_decay(list(undecayed))
         return optimizer
     raise TypeError(f"no optimizer for {type(cfg).__name__}")
-
-
-def apply(optimizer: Optimizer, gradients: Sequence[tf.Tensor], model: keras.Model, sums: StepMetrics) -> None:
-    """Updates the weights once, unless the gradients of a rank are not finite."""
-
-    def update() -> bool:
-        optimizer.apply(gradients, model.trainable_variables)
-        return True
-
-    tf.cond(tf.cast(sums.overflow, tf.bool), lambda: False, update)
 
 
 def set_learning_rate(optimizer: Optimizer, value: float) -> None:

@@ -26,7 +26,7 @@ class FlatWeights:
     """The weights as one matrix of K rows; matrices come first, because only they have weight decay.
 
     Args:
-        variables: the variables of the weights.
+        weights: the variables of the weights.
         num_rows: number of rows, K.
 
     Attributes:
@@ -35,13 +35,13 @@ class FlatWeights:
         num_decaying: number of values that belong to matrices.
     """
 
-    def __init__(self, variables: Sequence[keras.Variable], num_rows: int) -> None:
-        self._variables = list(variables)
+    def __init__(self, weights: Sequence[keras.Variable], num_rows: int) -> None:
+        self._variables = list(weights)
         self._order = sorted(range(len(self._variables)), key=lambda place: len(self._variables[place].shape) < 2)
         self._lengths = [math.prod(self._variables[place].shape) for place in self._order]
         self._ends = list(accumulate(self._lengths))
         self.num_rows, self.size = num_rows, piece_size(self._ends[-1], num_rows)
-        self.num_decaying = sum(math.prod(variable.shape) for variable in variables if len(variable.shape) >= 2)
+        self.num_decaying = sum(math.prod(variable.shape) for variable in weights if len(variable.shape) >= 2)
         self.dtype = tf.as_dtype(self._variables[0].dtype)
 
     @property

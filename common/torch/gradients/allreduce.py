@@ -26,7 +26,7 @@ class AllreduceSync(Allreduce):
     stays None, so that the optimizer skips it, as on a single rank.
 
     Args:
-        parameters: the parameters of the model or of this rank's stage, in order, with or without names. Frozen
+        weights: the parameters of the model or of this rank's stage, in order, with or without names. Frozen
             parameters are ignored; after freezing or unfreezing some, call rebuild().
         topology: the place of this rank; the ranks of its group exchange gradients.
         options: how gradients are summed.
@@ -35,7 +35,7 @@ class AllreduceSync(Allreduce):
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]],
+        weights: Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]],
         topology: Topology,
         options: SyncOptions = SyncOptions(),  # noqa: B008 (it is frozen)
         tied: Iterable[tuple[nn.Parameter, Sequence[int]]] = (),
@@ -43,7 +43,7 @@ class AllreduceSync(Allreduce):
         tied = list(tied)
         self._topology, self.options = topology, options
         self._named: dict[str, nn.Parameter] = {}
-        for number, each in enumerate(parameters):
+        for number, each in enumerate(weights):
             name, parameter = each if isinstance(each, tuple) else (f"number {number}", each)
             self._named[name] = parameter
         self._tied = [parameter for parameter, _ in tied]

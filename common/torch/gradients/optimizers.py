@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.config.schema import AdamWConfig, OptimizerConfig, SGDConfig
-from common.gradients.step_metrics import StepMetrics
 from common.torch.distributed.runtime import Optimizer
 
 import torch
@@ -55,18 +54,19 @@ class AdamW(torch.optim.AdamW):
 def build(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The configured optimizer for a model; only parameters of two or more dimensions have weight decay."""
     parameters = list(model.parameters())
-    return build_for(cfg, [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2])
+    return build_for(cfg, parameters, [parameter for parameter in parameters if parameter.ndim < 2])
 
 
 def build_for(
-    cfg: OptimizerConfig, decaying: Sequence[nn.Parameter], others: Sequence[nn.Parameter]
+    cfg: OptimizerConfig, weights: Sequence[nn.Parameter], undecayed: Sequence[nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """The configured optimizer for parameters with weight decay and for others without it.
+    """The configured optimizer for weights, some of which, the undecayed ones, have no weight decay.
 
     AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, https://arxiv.org/abs/1711.05101
     """
-    optimizer = _build(cfg, decaying, others)
-    for parameter in (*decaying, *others):  # created now, so that the state of a checkpoint or of rank 0 can be loaded
+    without_decay = set(undecayed)
+    optimizer = _build(cfg, [weight for weight in weights if weight not in without_decay], undecayed)
+    for parameter in weights:  # created now, so that the state of a checkpoint or of rank 0 can be loaded
         optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in state_names(optimizer).values()}
         if isinstance(optimizer, torch.optim.AdamW):
             optimizer.state[parameter]["step"] = torch.zeros((), device=parameter.device)
@@ -108,12 +108,6 @@ def _build(
         groups = [{"params": decaying, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
         return AdamW(groups, cfg)
     raise TypeError(f"no optimizer for {type(cfg).__name__}")
-
-
-def step(optimizer: Optimizer, sums: StepMetrics) -> None:
-    """Updates the weights once, unless the gradients of a rank are not finite."""
-    if not float(sums.overflow):
-        optimizer.step()
 
 
 def set_learning_rate(optimizer: Optimizer, value: float) -> None:

@@ -27,7 +27,7 @@ class FlatWeights:
     """The weights as one matrix of K rows; matrices come first, because only they have weight decay.
 
     Args:
-        parameters: the parameters by name; they become views of the rows.
+        weights: the weights by name; they become views of the rows.
         num_rows: number of rows, K.
 
     Attributes:
@@ -35,8 +35,8 @@ class FlatWeights:
         num_decaying: number of values that belong to matrices.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], num_rows: int) -> None:
-        self._parameters = dict(sorted(parameters.items(), key=lambda item: item[1].ndim < 2))
+    def __init__(self, weights: Mapping[str, nn.Parameter], num_rows: int) -> None:
+        self._parameters = dict(sorted(weights.items(), key=lambda item: item[1].ndim < 2))
         values = list(self._parameters.values())
         self.num_decaying = sum(value.numel() for value in values if value.ndim >= 2)
         self._ends = list(accumulate(value.numel() for value in values))
@@ -81,8 +81,8 @@ class Piece:
         values = flat.rows[row]
         num_decaying = min(max(flat.num_decaying - row * len(values), 0), len(values))
         self._sizes = [num_decaying, len(values) - num_decaying]
-        decaying, other = self._parts = [nn.Parameter(part) for part in values.split(self._sizes)]
-        self.optimizer = optimizers.build_for(cfg, [decaying], [other])
+        self._parts = [nn.Parameter(part) for part in values.split(self._sizes)]
+        self.optimizer = optimizers.build_for(cfg, self._parts, self._parts[1:])
 
     def step(self, gradient: Tensor) -> None:
         """Updates the row with its gradient (P,)."""
