@@ -14,8 +14,13 @@ import pytest
 
 def commands(path: Path) -> list[str]:
     """The lines of a document that start recipes of installed frameworks."""
-    lines = re.findall(r"^ *((?:horovodrun|python -m recipes)\b.*)$", path.read_text(), re.MULTILINE)
+    lines = re.findall(r"^ *((?:horovodrun|python -m recipes)\b.*)$", prose(path), re.MULTILINE)
     return [line for line in lines if "recipes." not in line or re.search(f"_({'|'.join(FRAMEWORKS)})\\b", line)]
+
+
+def prose(path: Path) -> str:
+    """A document without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +55,14 @@ def test_the_commands_of_a_recipe_are_valid(recipe: str) -> None:
         validate(compose(task, shlex.split(match[2])), Topology(0, num_ranks, 0, num_ranks))
 
 
+def test_the_readme_shows_a_recipe_whole() -> None:
+    (shown,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert shown == (ROOT / "recipes/linear_regression_torch.py").read_text()
+
+
 def test_every_make_target_in_the_readme_exists() -> None:
     targets = set(re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"make ([a-z]+)", (ROOT / "README.md").read_text()))
+    named = set(re.findall(r"make ([a-z]+)", prose(ROOT / "README.md")))
     assert named
     assert named <= targets
 
