@@ -155,7 +155,7 @@ def test_lanes_are_cut_alike_on_all_ranks_that_have_them() -> None:
         sizes: dict[int, set[int]] = {}
         for rank in range(5):
             topology = Topology(rank, 5, rank, 5, replicas_per_stage=(3, 2))
-            mine = [num_examples // 6 + (lane < num_examples % 6) for lane in topology.lanes]
+            mine = [num_examples // 6 + (batch_slice < num_examples % 6) for batch_slice in topology.batch_slices]
             rank_schedule = RankSchedule("1f1b", 1, 4, topology)
             for micro_batch, part in rank_schedule.micro_batches(sum(mine)).items():
                 sizes.setdefault(micro_batch, set()).add(part.stop - part.start)

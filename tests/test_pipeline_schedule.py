@@ -71,7 +71,7 @@ def test_each_micro_batch_is_handled_once_per_part(replicas: tuple[int, ...]) ->
         stage = [rank for rank in range(layout.num_ranks) if part in layout.chunks_of(rank)]
         assert [layout.replica_of(rank) for rank in stage] == list(range(replicas[part % len(replicas)]))
         handled = {each: rank for rank in stage for each in layout.micro_batches_of(rank)}
-        assert handled == {each: layout.rank_of(part, each) for each in range(5 * layout.num_lanes)}
+        assert handled == {each: layout.rank_of(part, each) for each in range(5 * layout.num_batch_slices)}
 
 
 def test_receives_are_posted_one_computation_ahead() -> None:

@@ -71,7 +71,7 @@ def test_three_replicas_and_one() -> None:
     replicas = ("parallel=pipeline", "parallel.replicas_per_stage=[3,1]", "train.global_batch_size=24")
     plan = plan_of(4, *replicas)
     assert plan.ranges == [range(2), range(2, 4)]
-    message = 2 * 5 * 4  # 3 lanes, 4 micro-batches: 2 examples each, and 5 values of each
+    message = 2 * 5 * 4  # 3 batch slices, 4 micro-batches: 2 examples each, and 5 values of each
     ring, tied = {3: round(4 / 3 * 20 * 4), 1: 0}, round(3 / 2 * 6 * 4)
     assert plan.sent(2) == {
         **{"activations": 4 * message, "their gradients": 0},

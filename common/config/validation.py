@@ -173,11 +173,11 @@ def _pipeline_problems(parallel: PipelineConfig, batch: int, topology: Topology)
             f"parallel.virtual_stages_per_rank={parallel.virtual_stages_per_rank}: must be at least 2 with "
             "schedule=interleaved, and 1 with the others"
         )
-    of_lane = batch / topology.num_replicas
-    if parallel.num_micro_batches >= 1 and of_lane % parallel.num_micro_batches:
+    per_slice = batch / topology.num_replicas
+    if parallel.num_micro_batches >= 1 and per_slice % parallel.num_micro_batches:
         yield (
             f"parallel.num_micro_batches={parallel.num_micro_batches}: must divide the examples of one replica in one "
-            f"step, {of_lane:g}; change it or train.global_batch_size"
+            f"step, {per_slice:g}; change it or train.global_batch_size"
         )
 
 

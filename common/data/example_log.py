@@ -18,17 +18,17 @@ class Ledger:
 
     Args:
         folder: the run folder.
-        plan: this rank's sampler of the run's steps.
+        sampler: this rank's sampler of the run's steps.
     """
 
-    def __init__(self, folder: Path, plan: TrainingSampler) -> None:
-        start, rank = plan.start.step, plan.topology.rank
+    def __init__(self, folder: Path, sampler: TrainingSampler) -> None:
+        start, rank = sampler.start.step, sampler.topology.rank
         self._path = folder / "ledger" / f"from-step-{start + 1:08}.rank-{rank:04}.jsonl"
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_text("")
-        self._num_examples = plan.num_examples
-        offset = plan.start.offset
-        self._write({"num_examples": plan.num_examples, "resampled": plan.classes is not None, "offset": offset})
+        self._num_examples = sampler.num_examples
+        offset = sampler.start.offset
+        self._write({"num_examples": sampler.num_examples, "resampled": sampler.classes is not None, "offset": offset})
 
     def add(self, step: Step) -> None:
         """Writes the numbers of this rank's examples in a step."""

@@ -170,12 +170,12 @@ def shuffled(num_examples: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def part(num_examples: int, topology: Topology) -> slice:
-    """The contiguous part of num_examples examples that belongs to the rank's lanes; empty for a server.
+    """The contiguous part of num_examples examples that belongs to the rank's batch slices; empty for a server.
 
-    The sizes of lanes differ by at most one example; larger ones come first.
+    The sizes of batch slices differ by at most one example; larger ones come first.
     """
-    lanes, starts = topology.lanes, bounds(num_examples, topology.num_replicas)
-    return slice(starts[lanes.start], starts[lanes.stop])
+    slices, starts = topology.batch_slices, bounds(num_examples, topology.num_replicas)
+    return slice(starts[slices.start], starts[slices.stop])
 
 
 def bounds(num_examples: int, num_parts: int) -> list[int]:
@@ -185,7 +185,7 @@ def bounds(num_examples: int, num_parts: int) -> list[int]:
 
 
 def evaluation_batches(num_examples: int, batch_size: int, topology: Topology) -> Iterator[slice]:
-    """This rank's parts of a dataset that is cut into batches of at most batch_size examples per lane."""
+    """This rank's parts of a dataset that is cut into batches of at most batch_size examples per batch slice."""
     whole = batch_size * topology.num_replicas
     for start in range(0, num_examples, whole):
         mine = part(min(whole, num_examples - start), topology)

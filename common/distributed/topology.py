@@ -1,7 +1,7 @@
 """The place of a rank in the job: immutable integers, independent of the framework and testable without processes.
 
-A lane is a data shard of the pipeline: the global batch is cut into lcm(replicas_per_stage) lanes of equal size (up to
-one example), so that each replica of a stage works on equally many lanes. With one stage, each worker has one lane.
+The global batch is cut into lcm(replicas_per_stage) batch slices of equal size (up to one example), so that each
+replica of a stage works on equally many slices. With one stage, each worker has one slice.
 """
 
 import itertools
@@ -16,12 +16,12 @@ from itertools import accumulate
 class Layout:
     """Which rank has which model chunks and which micro-batches.
 
-    Ranks are numbered stage by stage. The lanes are divided among the replicas of a stage in order, and micro-batch j
-    of lane l has the id j * num_lanes + l.
+    Ranks are numbered stage by stage. The batch slices are divided among the replicas of a stage in order, and
+    micro-batch j of slice s has the id j * num_batch_slices + s.
 
     Attributes:
         replicas_per_stage: number of replicas of each stage.
-        num_micro_batches: number of micro-batches per lane.
+        num_micro_batches: number of micro-batches per batch slice.
         virtual_stages_per_rank: number of model chunks per stage; 1 unless the schedule is interleaved.
     """
 
@@ -53,8 +53,8 @@ class Layout:
         return sum(self.replicas_per_stage)
 
     @cached_property
-    def num_lanes(self) -> int:
-        """Number of lanes of the global batch."""
+    def num_batch_slices(self) -> int:
+        """Number of batch slices of the global batch."""
         return math.lcm(*self.replicas_per_stage)
 
     @cached_property
@@ -69,15 +69,16 @@ class Layout:
         """The rank's number among the replicas of its stage."""
         return rank - self._first_ranks[self.stage_of(rank)]
 
-    def lanes_of(self, rank: int) -> range:
-        """The lanes that a rank handles."""
-        num_lanes = self.num_lanes // self.replicas_per_stage[self.stage_of(rank)]
-        return range(self.replica_of(rank) * num_lanes, (self.replica_of(rank) + 1) * num_lanes)
+    def batch_slices_of(self, rank: int) -> range:
+        """The batch slices that a rank handles."""
+        num_batch_slices = self.num_batch_slices // self.replicas_per_stage[self.stage_of(rank)]
+        return range(self.replica_of(rank) * num_batch_slices, (self.replica_of(rank) + 1) * num_batch_slices)
 
     def micro_batches_of(self, rank: int) -> list[int]:
         """The ids of the rank's micro-batches, ascending."""
-        lanes = self.lanes_of(rank)
-        return [row * self.num_lanes + lane for row in range(self.num_micro_batches) for lane in lanes]
+        slices = self.batch_slices_of(rank)
+        rows = range(self.num_micro_batches)
+        return [row * self.num_batch_slices + batch_slice for row in rows for batch_slice in slices]
 
     def chunks_of(self, rank: int) -> range:
         """The model chunks of a rank, ascending."""
@@ -85,8 +86,8 @@ class Layout:
 
     def rank_of(self, chunk: int, micro_batch: int) -> int:
         """The rank that handles a micro-batch on a model chunk."""
-        stage, lane = chunk % self.num_stages, micro_batch % self.num_lanes
-        return self._first_ranks[stage] + lane * self.replicas_per_stage[stage] // self.num_lanes
+        stage, batch_slice = chunk % self.num_stages, micro_batch % self.num_batch_slices
+        return self._first_ranks[stage] + batch_slice * self.replicas_per_stage[stage] // self.num_batch_slices
 
 
 @dataclass(frozen=True)
@@ -184,17 +185,17 @@ class Topology:
 
     @property
     def num_replicas(self) -> int:
-        """Number of lanes of the global batch; if all stages have equally many replicas, the number of replicas."""
-        return self._layout.num_lanes
+        """Number of batch slices; if all stages have equally many replicas, the number of replicas."""
+        return self._layout.num_batch_slices
 
     @property
     def _layout(self) -> Layout:
         return Layout(self.stages, num_micro_batches=1)
 
     @property
-    def lanes(self) -> range:
-        """The lanes that this rank handles; empty for a server."""
-        return range(0) if self.is_server else self._layout.lanes_of(self.rank - self.num_servers)
+    def batch_slices(self) -> range:
+        """The batch slices that this rank handles; empty for a server."""
+        return range(0) if self.is_server else self._layout.batch_slices_of(self.rank - self.num_servers)
 
     @property
     def ranks_of_host(self) -> range:
@@ -213,10 +214,10 @@ class Topology:
         rank_of = self._layout.rank_of
         return sorted(
             {
-                (rank_of(stage, lane), rank_of(other, lane))
+                (rank_of(stage, batch_slice), rank_of(other, batch_slice))
                 for stage, other in neighbours
                 if other > stage
-                for lane in range(self.num_replicas)
+                for batch_slice in range(self.num_replicas)
             }
         )
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple, SupportsFloat
 
-NUM_RIDERS = 4
+NUM_SCALARS = 4
 """The number of scalars in the last bucket: loss, stop, local_grad_sqnorm and overflow."""
 
 

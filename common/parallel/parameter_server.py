@@ -1,4 +1,4 @@
-"""The framework-independent loop of a parameter server: when to update, whom to answer, when to stop."""
+"""The framework-independent loop of a parameter server: when to update, whom to reply to, when to stop."""
 
 import math
 from collections import defaultdict
@@ -45,7 +45,7 @@ class Binding(Protocol):
     def next_push(self) -> tuple[int, GradientPush, Any]:
         """Waits for the next push; returns its worker, its scalars, and its gradients (P,)."""
 
-    def send(self, worker: int, answer: WeightReply) -> int:
+    def send(self, worker: int, reply: WeightReply) -> int:
         """Starts sending a reply with the current weights; returns its number of bytes."""
 
     def flush(self) -> None:
@@ -90,7 +90,7 @@ class ServerLoop:
         # The size of Adam's steps does not depend on that of the gradients: each of W workers makes 1 / W of a step.
         is_adam = isinstance(optimizer, AdamWConfig)
         self._rate_factor = 1 / len(topology.workers) if is_adam and not self._is_synchronous else 1.0
-        self._unanswered: list[int] = []  # workers that wait for the reply to a push
+        self._unreplied: list[int] = []  # workers that wait for the reply to a push
         self._paused: set[int] = set()
         self._arrived: dict[int, Any] = {}  # gradients that wait for those of the other workers
         self._losses: defaultdict[int, float] = defaultdict(float)  # by step of this launch
@@ -109,7 +109,7 @@ class ServerLoop:
             self._request_stop(step)
         while self.tracker.slowest < step or self._told_of_failure is not None:
             self._use(*self._binding.next_push())
-            self._answer()
+            self._reply()
         return StepMetrics(
             self._losses.pop(step),
             self._agreed_stop(step),
@@ -123,7 +123,7 @@ class ServerLoop:
     @property
     def pushing(self) -> list[int]:
         """The workers from which a push is expected."""
-        return [worker for worker in self._topology.workers if worker not in {*self._unanswered, *self._paused}]
+        return [worker for worker in self._topology.workers if worker not in {*self._unreplied, *self._paused}]
 
     def wait_for_pause(self) -> None:
         """Asynchronous updates: handles pushes until no worker will push before the next barrier."""
@@ -142,7 +142,7 @@ class ServerLoop:
         self._overflow += push.overflow
         if push.stop:
             self._request_stop(step)
-        self._unanswered.append(worker)
+        self._unreplied.append(worker)
         if not self._is_synchronous:
             self._use_at_once(push, gradient)
             return
@@ -165,15 +165,15 @@ class ServerLoop:
         if not self._overflow:
             self._binding.update_together(total, math.sqrt(squares))
 
-    def _answer(self) -> None:
+    def _reply(self) -> None:
         """Sends the weights to all waiting workers that may begin another step."""
         has_failed = self._told_of_failure is not None
-        for worker in list(self._unanswered):
+        for worker in list(self._unreplied):
             if has_failed or self.tracker.may_go_on(worker):
                 loss = math.nan if has_failed else self._losses.get(self.tracker.slowest, 0.0)
                 stop = float(self.tracker.steps[worker] >= self._stop_at)
                 self._bytes_sent += self._binding.send(worker, WeightReply(loss, stop, self._overflow))
-                self._unanswered.remove(worker)
+                self._unreplied.remove(worker)
                 if self._told_of_failure is not None:
                     self._told_of_failure.add(worker)
         if self._told_of_failure == set(self._topology.workers):

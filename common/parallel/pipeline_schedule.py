@@ -1,8 +1,8 @@
 """Pipeline schedules as plain lists of actions, one list per rank, with a checker, a simulator and a text chart.
 
-The model is cut into consecutive model chunks , and chunk p is on stage p % num_stages. Each lane
-of the global batch (see topology.py) is cut into micro-batches. With replicas (2, 1) there are two lanes: each replica
-of stage 0 has one lane, the only replica of stage 1 has both.
+The model is cut into consecutive model chunks, and chunk p is on stage p % num_stages. Each slice of the global batch
+(see topology.py) is cut into micro-batches. With replicas (2, 1) there are two slices: each replica of stage 0 has one
+of them, the only replica of stage 1 has both.
 
 Sends and receives are posted without waiting; the computation that needs a received message waits for it.
 """
@@ -131,13 +131,13 @@ def _computations(name: str, layout: Layout, rank: int) -> list[Action]:
     on an action of another rank that is due later, so there is no deadlock for any numbers of replicas.
     """
     stage, chunks, groups = layout.stage_of(rank), layout.chunks_of(rank), _groups(layout)
-    # A rank's lanes are consecutive, so its ticks are, too. If every stage has ranks with several lanes, more
+    # A rank's batch slices are consecutive, so its ticks are, too. If every stage has ranks with several slices, more
     # micro-batches must be in flight.
-    spare = layout.num_lanes - max(layout.replicas_per_stage)
+    spare = layout.num_batch_slices - max(layout.replicas_per_stage)
     here, *after = layout.replicas_per_stage[stage:]
     delay = here + sum(after) + spare
     if name == "gpipe" and layout.num_stages > 1:
-        delay = layout.num_micro_batches * layout.num_lanes
+        delay = layout.num_micro_batches * layout.num_batch_slices
     if name == "interleaved":
         delay += (layout.virtual_stages_per_rank - 1) * len(groups[0]) + sum(after)
     order = chain.from_iterable(product(range(len(chunks)), group) for group in groups)
@@ -157,8 +157,8 @@ def _groups(layout: Layout) -> list[range]:
     The groups only matter for interleaved: with one chunk per stage, the order does not depend on them.
     """
     rows = layout.num_micro_batches
-    num_groups = max(1, rows // math.ceil(layout.num_ranks / layout.num_lanes))
-    bounds = [math.ceil(rows * group / num_groups) * layout.num_lanes for group in range(num_groups + 1)]
+    num_groups = max(1, rows // math.ceil(layout.num_ranks / layout.num_batch_slices))
+    bounds = [math.ceil(rows * group / num_groups) * layout.num_batch_slices for group in range(num_groups + 1)]
     return list(starmap(range, pairwise(bounds)))
 
 

@@ -22,7 +22,7 @@ class RankSchedule:
     Attributes:
         schedule: the name of the schedule.
         virtual_stages_per_rank: number of model chunks on each stage.
-        num_micro_batches: number of micro-batches of each lane in a step.
+        num_micro_batches: number of micro-batches of each batch slice in a step.
         topology: the place of this rank.
     """
 
@@ -61,14 +61,14 @@ class RankSchedule:
     def micro_batches(self, num_examples: int) -> dict[int, slice]:
         """For each micro-batch id of this rank, the slice of its examples; sizes differ by at most one.
 
-        All ranks that share a lane cut it alike: the sizes follow from the number of examples alone.
+        All ranks that share a batch slice cut it alike: the sizes follow from the number of examples alone.
         """
-        lanes = self.topology.lanes
+        slices = self.topology.batch_slices
         parts: dict[int, slice] = {}
-        for lane, (start, stop) in zip(lanes, pairwise(bounds(num_examples, len(lanes))), strict=True):
+        for batch_slice, (start, stop) in zip(slices, pairwise(bounds(num_examples, len(slices))), strict=True):
             rows = pairwise(bounds(stop - start, self.num_micro_batches))
             for row, (first, last) in enumerate(rows):
-                parts[row * self.topology.num_replicas + lane] = slice(start + first, start + last)
+                parts[row * self.topology.num_replicas + batch_slice] = slice(start + first, start + last)
         return parts
 
     def bubble_report(self, times: list[list[float]]) -> dict[str, Any]:

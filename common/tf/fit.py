@@ -4,11 +4,15 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from common.config.schema import ReduceOp
 from common.data import batches
 from common.distributed.topology import Topology
+from common.gradients import bucketing
+from common.gradients.gradient_sync import NO_COMPRESSION
 from common.tf.distributed import runtime
-from common.tf.gradients import gradients
+from common.tf.gradients.buckets import BucketBuffers
 
+import horovod.tensorflow as hvd
 import keras
 import numpy as np
 import tensorflow as tf
@@ -54,9 +58,22 @@ class _ApplyMean:
         weight = tf.cast(num_examples, dtype)
         # The gradient of a placeholder may be NaN.
         weighted = [tf.math.multiply_no_nan(tf.cast(gradient, dtype), weight) for gradient in given]
-        total, *sums = gradients.sum_over_replicas([weight, *weighted], self._topology)
+        total, *sums = _sum_over_ranks([weight, *weighted], self._topology)
         means = (tf.cast(value / total, gradient.dtype) for value, gradient in zip(sums, given, strict=True))
         return [None if gradient is None else next(means) for gradient in grads]
+
+
+def _sum_over_ranks(tensors: Sequence[tf.Tensor], topology: Topology) -> list[tf.Tensor]:
+    """The sums over the ranks of tensors of one dtype, with one message per bucket."""
+    if topology.world_size == 1:
+        return list(tensors)
+    shapes, dtype = [tuple(tensor.shape) for tensor in tensors], tensors[0].dtype
+    buckets = bucketing.of_model(shapes, dtype.size, NO_COMPRESSION, ReduceOp.average, bucketing.BUCKET_BYTES)
+    buffers = BucketBuffers(shapes, buckets, dtype)
+    summed = [
+        hvd.allreduce(flat, name=f"gradients.{number}", op=hvd.Sum) for number, flat in enumerate(buffers.pack(tensors))
+    ]
+    return buffers.unpack(summed)
 
 
 def _dense(gradient: tf.Tensor | tf.IndexedSlices) -> tf.Tensor:
@@ -195,9 +212,7 @@ class Synchronise(keras.callbacks.Callback):
 
     def _sums(self, variables: Sequence[keras.Variable]) -> list[tf.Tensor]:
         """The sums over the ranks in float64, in which the mean of equal numbers is exact."""
-        return gradients.sum_over_replicas(
-            [tf.cast(variable.value, tf.float64) for variable in variables], self._topology
-        )
+        return _sum_over_ranks([tf.cast(variable.value, tf.float64) for variable in variables], self._topology)
 
 
 class _WeighedStep:

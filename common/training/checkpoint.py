@@ -335,7 +335,7 @@ class Checkpoints:
         example_log.drop(self._run_folder, start)
         set_aside(self._folder, start)
 
-    def save_if_due(self, step: Step, sums: StepMetrics, plan: TrainingSampler) -> None:
+    def save_if_due(self, step: Step, metrics: StepMetrics, sampler: TrainingSampler) -> None:
         """Saves a checkpoint every train.checkpoint_every steps, at the end, and if a rank was asked to stop.
 
         Raises:
@@ -344,7 +344,7 @@ class Checkpoints:
             Stopped: a rank was asked to stop; the checkpoint is saved.
         """
         every = self._cfg.train.checkpoint_every
-        is_stop = float(sums.stop) > 0 and step.progress < 1
+        is_stop = float(metrics.stop) > 0 and step.progress < 1
         is_last = step.progress >= 1 or is_stop
         if not is_last and not (every and step.number % every == 0):
             return
@@ -355,7 +355,7 @@ class Checkpoints:
             if self._rank == 0:
                 self._wait()
                 check_finite(step.number, *arrays)
-                self._writing = self._writer.submit(self._write, step.number, *arrays, self._state_at(step, plan))
+                self._writing = self._writer.submit(self._write, step.number, *arrays, self._state_at(step, sampler))
                 _unfinished.add(self._writing)
                 self._writing.add_done_callback(_unfinished.discard)
                 if is_last:
@@ -366,11 +366,11 @@ class Checkpoints:
                 f"run.dir={self._cfg.run.dir} goes on from there"
             )
 
-    def _state_at(self, step: Step, plan: TrainingSampler) -> dict[str, Any]:
+    def _state_at(self, step: Step, sampler: TrainingSampler) -> dict[str, Any]:
         return self._identity | {
             "position": dataclasses.asdict(step.end),
-            "batch_sizes": plan.batch_sizes.to_json(),
-            "world_size": plan.topology.world_size,
+            "batch_sizes": sampler.batch_sizes.to_json(),
+            "world_size": sampler.topology.world_size,
         }
 
     def _write(

@@ -55,18 +55,18 @@ class RunLog:
     Args:
         cfg: the configuration, with run.dir set.
         recipe: name of the recipe's module, <task>_<framework>.
-        plan: the sampler of the run's steps.
+        sampler: the sampler of the run's steps.
         runtime: the framework's runtime.
 
     Raises:
         ConfigError: on all ranks, if rank 0 cannot write into the folder.
     """
 
-    def __init__(self, cfg: RunConfig, recipe: str, plan: TrainingSampler, runtime: Runtime) -> None:
+    def __init__(self, cfg: RunConfig, recipe: str, sampler: TrainingSampler, runtime: Runtime) -> None:
         self.folder = Path(str(cfg.run.dir))
-        self._cfg, self._plan = cfg, plan
+        self._cfg, self._sampler = cfg, sampler
         self._identity = {"recipe": recipe, "framework": recipe.rpartition("_")[2]}
-        self._topology: Topology = plan.topology
+        self._topology: Topology = sampler.topology
         self._start = time.perf_counter()
         self._step_seconds: list[float] = []
         self._waiting_seconds: list[float] = []
@@ -78,27 +78,27 @@ class RunLog:
             if self._topology.rank == 0:
                 self._begin_record(recipe)
         self._last = runtime.broadcast_object(self._last)
-        self._ledger = Ledger(self.folder, plan) if cfg.data.ledger and self._topology.counts_examples else None
+        self._ledger = Ledger(self.folder, sampler) if cfg.data.ledger and self._topology.counts_examples else None
 
     def _begin_record(self, recipe: str) -> None:
         """Writes the configuration, continues the log of an earlier launch, and prints the first lines."""
-        plan, start = self._plan, self._plan.start.step
+        sampler, start = self._sampler, self._sampler.start.step
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(to_yaml(self._cfg))
         self._tensorboard = self._continue_record()
-        self._progress = _Progress(plan)
+        self._progress = _Progress(sampler)
         ranks = "1 rank" if self._topology.world_size == 1 else f"{self._topology.world_size} ranks"
         begin = f", from step {start + 1}" if start else ""
         self._progress.say(
-            f"{recipe}: {ranks}, {plan.num_examples} examples, {plan.batch_sizes.at(start + 1)} a step{begin}, "
+            f"{recipe}: {ranks}, {sampler.num_examples} examples, {sampler.batch_sizes.at(start + 1)} a step{begin}, "
             f"{self.folder}"
         )
-        for note in _notes(self._cfg, plan):
+        for note in _notes(self._cfg, sampler):
             self._progress.say(f"note: {note}")
 
     def steps(self, examples: Examples) -> Iterator[tuple[Step, Batch]]:
         """Yields the steps of the run with this rank's examples, which are read ahead; measures each step's time."""
-        batches = read_ahead(self._plan.steps(), examples)
+        batches = read_ahead(self._sampler.steps(), examples)
         while True:
             start = time.perf_counter()
             try:
@@ -111,7 +111,7 @@ class RunLog:
             self._step_seconds.append(time.perf_counter() - start)
             self._examples += step.global_size
 
-    def record(self, step: Step, lr: float, sums: StepMetrics) -> None:
+    def record(self, step: Step, lr: float, metrics: StepMetrics) -> None:
         """Records a finished step; train_loss and lr are logged at the first and at every train.log_every-th step.
 
         Raises:
@@ -119,47 +119,47 @@ class RunLog:
         """
         if self._ledger:
             self._ledger.add(step)
-        self._check_finite(step, sums)
+        self._check_finite(step, metrics)
         values: dict[str, float] = {}
         if self._cfg.train.batch_schedule is not BatchSchedule.constant:
             values["batch_size"] = step.batch_size
         if self._cfg.train.batch_schedule is BatchSchedule.noise_scale:
-            values["noise_scale"] = self._plan.batch_sizes.noise_scale
-        values |= self._exchange_values(sums)
+            values["noise_scale"] = self._sampler.batch_sizes.noise_scale
+        values |= self._exchange_values(metrics)
         if step.number == 1 or step.number % self._cfg.train.log_every == 0:
-            loss = float(sums.loss)
+            loss = float(metrics.loss)
             losses = {"train_loss": loss} if math.isfinite(loss) else {}  # the loss of a skipped step may be infinite
             self.log(step, lr=lr, **losses, **values)
 
-    def _check_finite(self, step: Step, sums: StepMetrics) -> None:
+    def _check_finite(self, step: Step, metrics: StepMetrics) -> None:
         """Raises a TrainingError, on all ranks, if training cannot go on."""
-        is_skipped, remedy = float(sums.overflow) > 0, "a smaller optimizer.lr may help"
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped and float(sums.loss_scale) <= 1 else 0
+        is_skipped, remedy = float(metrics.overflow) > 0, "a smaller optimizer.lr may help"
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped and float(metrics.loss_scale) <= 1 else 0
         if self._skipped_in_a_row > MOST_SKIPPED:
             what = f"{self._skipped_in_a_row} steps in a row were skipped up to step {step.number}"
             raise TrainingError(f"{what}: losses or gradients are not finite; {remedy}")
-        if not is_skipped and not math.isfinite(float(sums.loss)):
+        if not is_skipped and not math.isfinite(float(metrics.loss)):
             raise TrainingError(
-                f"train_loss is {float(sums.loss)} at step {step.number}; {remedy}, or train.on_nonfinite=skip where "
-                "it is a matter of single examples"
+                f"train_loss is {float(metrics.loss)} at step {step.number}; {remedy}, or train.on_nonfinite=skip "
+                "where it is a matter of single examples"
             )
 
-    def _exchange_values(self, sums: StepMetrics) -> dict[str, float]:
+    def _exchange_values(self, metrics: StepMetrics) -> dict[str, float]:
         """The logged values of the gradient exchange; also counts its bytes."""
-        sent = [float(num_bytes) for num_bytes in sums.wire_bytes]
+        sent = [float(num_bytes) for num_bytes in metrics.wire_bytes]
         self._wire_bytes = [a + b for a, b in zip(self._wire_bytes or [0.0] * len(sent), sent, strict=True)]
         values = {"wire_bytes": sum(sent)}
         if len(sent) > 1:
             values |= {f"wire_bytes.{number}": num_bytes for number, num_bytes in enumerate(sent)}
         if isinstance(self._cfg.precision, LossScalePrecisionConfig):
-            values["loss_scale"] = float(sums.loss_scale)
+            values["loss_scale"] = float(metrics.loss_scale)
         if "loss_scale" in values or self._cfg.train.on_nonfinite is OnNonfinite.skip:
-            values["skipped_steps"] = int(float(sums.skipped_steps))
+            values["skipped_steps"] = int(float(metrics.skipped_steps))
         if isinstance(self._cfg.parallel, ParameterServerConfig):
-            values["staleness"] = float(sums.staleness)
+            values["staleness"] = float(metrics.staleness)
         if isinstance(self._cfg.compression, LossyConfig) and self._cfg.compression.health:
-            values["gradient_cosine"] = float(sums.gradient_cosine)
-            values["residual_norm"] = float(sums.residual_norm)
+            values["gradient_cosine"] = float(metrics.gradient_cosine)
+            values["residual_norm"] = float(metrics.residual_norm)
         return values
 
     def log(self, step: Step, **values: float) -> None:
@@ -197,8 +197,8 @@ class RunLog:
             "world_size": self._topology.world_size,
             "num_stages": self._topology.num_stages,
             "num_replicas": num_replicas,
-            "steps": self._plan.start.step + num_steps,
-            "resumed_from_step": self._plan.start.step,
+            "steps": self._sampler.start.step + num_steps,
+            "resumed_from_step": self._sampler.start.step,
             "examples": self._examples,
             "wall_seconds": self._wall_seconds(),
             "examples_per_second": rate,
@@ -237,13 +237,13 @@ class RunLog:
         A metrics.jsonl with invalid lines is renamed; the new one starts with its valid events.
         """
         path, events = self.folder / "metrics.jsonl", list[dict[str, Any]]()
-        if self._plan.start.step and path.exists():
+        if self._sampler.start.step and path.exists():
             events, problems = events_of_record(path)
             if problems:
                 aside = file_io.unused(path.with_name("metrics.damaged.jsonl"))
                 path.rename(aside)
                 print(f"{path}: is damaged, and kept as {aside.name}: {problems[0]}", file=sys.stderr, flush=True)
-        events = [event for event in events if event["step"] <= self._plan.start.step]
+        events = [event for event in events if event["step"] <= self._sampler.start.step]
         path.write_text("".join(json.dumps(event) + "\n" for event in events))
         shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
         writer = ScalarWriter(self.folder / "tensorboard")
@@ -292,14 +292,14 @@ def _is_event(event: Any) -> bool:
     )
 
 
-def _notes(cfg: RunConfig, plan: TrainingSampler) -> Iterator[str]:
+def _notes(cfg: RunConfig, sampler: TrainingSampler) -> Iterator[str]:
     """Notes on valid settings that the user may not intend."""
     size, warmup_steps = cfg.train.global_batch_size, cfg.lr_schedule.warmup_steps
-    if size > plan.num_examples:
-        yield f"train.global_batch_size={size}: a step takes all {plan.num_examples} examples, as there are no more"
-    if warmup_steps > plan.most_steps:
+    if size > sampler.num_examples:
+        yield f"train.global_batch_size={size}: a step takes all {sampler.num_examples} examples, as there are no more"
+    if warmup_steps > sampler.most_steps:
         yield (
-            f"lr_schedule.warmup_steps={warmup_steps}: the run has {plan.most_steps} steps, and ends before "
+            f"lr_schedule.warmup_steps={warmup_steps}: the run has {sampler.most_steps} steps, and ends before "
             "optimizer.lr is reached"
         )
 
@@ -307,11 +307,11 @@ def _notes(cfg: RunConfig, plan: TrainingSampler) -> Iterator[str]:
 class _Progress:
     """Progress lines on stdout, at most one per second; on a terminal they overwrite each other."""
 
-    def __init__(self, plan: TrainingSampler) -> None:
-        self._plan = plan
-        self._terminal = sys.stdout.isatty() and plan.topology.world_size == 1  # mpirun gives each rank a terminal
+    def __init__(self, sampler: TrainingSampler) -> None:
+        self._sampler = sampler
+        self._terminal = sys.stdout.isatty() and sampler.topology.world_size == 1  # mpirun gives each rank a terminal
         self._start = self._shown_at = time.monotonic()
-        self._shown_step = plan.start.step
+        self._shown_step = sampler.start.step
         self._is_first = True
 
     def say(self, text: str) -> None:
@@ -325,7 +325,7 @@ class _Progress:
         if not self._is_first and now - self._shown_at < 1:
             return
         done = (step.number - self._shown_step) * step.batch_size
-        begun = self._plan.progress(self._plan.start)
+        begun = self._sampler.progress(self._sampler.start)
         left = int((now - self._start) * (1 - step.progress) / (step.progress - begun))
         place = [f"step {step.number}", f"epoch {step.epoch}", f"{100 * step.progress:.0f} %"]
         measured = [f"{name} {value:.4g}" for name, value in values.items() if not name.startswith("wire_bytes")]

@@ -139,7 +139,7 @@ def _heading(recipe: str, cfg: RunConfig, plan: CostModel) -> list[str]:
     weights = f"{sum(plan.weights.values()):,} parameters in {_count(len(plan.layers), 'layer')}"
     return [
         f"{recipe}: {_count(topology.world_size, 'rank')}, parallel={cfg.parallel.name}, {weights}",
-        f"{cfg.train.global_batch_size} examples a step, {_count(topology.num_replicas, 'lane')} of "
+        f"{cfg.train.global_batch_size} examples a step, {_count(topology.num_replicas, 'batch slice')} of "
         f"{_count(cfg.parallel.num_micro_batches, 'micro-batch', 'es')} of {_count(size, 'example')}",
     ]
 

@@ -7,7 +7,7 @@ from common.config.schema import LossyConfig
 from common.distributed.topology import Topology
 from common.gradients import bucketing
 from common.gradients.gradient_sync import Allreduce, Counters, SyncOptions
-from common.gradients.step_metrics import NUM_RIDERS, StepMetrics
+from common.gradients.step_metrics import NUM_SCALARS, StepMetrics
 from common.tf.gradients import norms
 from common.tf.gradients.buckets import BucketBuffers
 from common.tf.gradients.compression import Exchanged
@@ -162,7 +162,7 @@ class AllreduceSync(Allreduce):
 
     def _finish_buckets(self) -> tuple[list[tf.Tensor], tuple[tf.Tensor, ...]]:
         if self._results:
-            last, scalars = tf.split(self._results[-1].summed, [-1, NUM_RIDERS])
+            last, scalars = tf.split(self._results[-1].summed, [-1, NUM_SCALARS])
             self._results[-1] = self._results[-1]._replace(summed=last)
             self._scalars = (scalars,)
             self.gradients = self._buffers.unpack([result.summed for result in self._results])
@@ -172,7 +172,7 @@ class AllreduceSync(Allreduce):
         self.gradients = self._stages.sum_tied(self.gradients)
 
     def _sum_scalars(self) -> Sequence[tf.Tensor]:
-        return tf.unstack(self._stages.sum("step_sums", self._scalars[0]), NUM_RIDERS)
+        return tf.unstack(self._stages.sum("step_sums", self._scalars[0]), NUM_SCALARS)
 
     def _commit(self, is_skipped: Any) -> None:
         self._compressors.commit(self._results, is_skipped)

@@ -136,11 +136,11 @@ class WorkerSync(ServedSync):
         loss_scale, is_coded = float(self._scaler.variable[1]), self._code.is_on(self._num_steps)
         messages, errors = self._make_pushes(self.gradients, self._loss, self._stop, is_coded)
         self.gradients = []
-        answers = [_unpacked(WeightReply, answer) for answer in self._answers(messages)]
-        first = answers[0][0]
+        replies = [_unpacked(WeightReply, message) for message in self._exchanged(messages)]
+        first = replies[0][0]
         if not self._is_synchronous and not math.isfinite(first.loss):
             raise TrainingError(NOT_FINITE)
-        self._optimizer.received = [content for _, content in answers]
+        self._optimizer.received = [content for _, content in replies]
         if self._residual is not None and not first.overflow:  # a skipped step does not change the residual
             self._residual.assign(errors)
         self._scaler.count(first.overflow > 0)
@@ -184,13 +184,13 @@ class WorkerSync(ServedSync):
         push = GradientPush(loss, stop, overflow, self._optimizer.learning_rate)
         return [_packed(push, code) for code in tf.unstack(codes)], errors
 
-    def _answers(self, messages: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    def _exchanged(self, messages: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Sends one message to each server; returns their replies."""
         me, row = self._topology.rank, tf.zeros((1, self._weights.size), self._weights.dtype)
         like = _packed(WeightReply(0, 0, 0), as_bytes(row)[0])
         pushes = self._send_to_servers(messages)
-        answers = [self._transfers.receive(f"answer.{server}.{me}", like, server) for server in self._topology.servers]
-        return [message.result() for message in pushes + answers][len(pushes) :]
+        replies = [self._transfers.receive(f"reply.{server}.{me}", like, server) for server in self._topology.servers]
+        return [message.result() for message in pushes + replies][len(pushes) :]
 
 
 class ServerSync(ServedSync):
@@ -228,13 +228,13 @@ class ServerSync(ServedSync):
         push, content = _unpacked(GradientPush, self._expected.pop(worker).result())
         return worker, push, self._decode(content[None], self._code.is_on(self._step_of(worker)))[0]
 
-    def send(self, worker: int, answer: WeightReply) -> int:
+    def send(self, worker: int, reply: WeightReply) -> int:
         """Starts sending a reply with the current weights; returns its number of bytes."""
         for left in [message for message in self._leaving if message.done()]:
             left.result()
             self._leaving.remove(left)
-        message = _packed(answer, as_bytes(self._piece.values[None])[0])
-        self._leaving.append(self._transfers.send(f"answer.{self._me}.{worker}", message, worker))
+        message = _packed(reply, as_bytes(self._piece.values[None])[0])
+        self._leaving.append(self._transfers.send(f"reply.{self._me}.{worker}", message, worker))
         return len(message)
 
     def sync_weights(self) -> None:

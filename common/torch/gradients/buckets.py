@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from common.gradients.bucketing import Bucket
-from common.gradients.step_metrics import NUM_RIDERS
+from common.gradients.step_metrics import NUM_SCALARS
 
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ class BucketBuffers:
     Attributes:
         messages: for each bucket, the tensor that is exchanged.
         values: for each bucket, the part of its message that holds gradients.
-        scalars: (NUM_RIDERS,) the scalars in the last message: loss, stop, local_grad_sqnorm, overflow.
+        scalars: (NUM_SCALARS,) the scalars in the last message: loss, stop, local_grad_sqnorm, overflow.
         bucket_of: for each parameter, the number of its bucket.
     """
 
@@ -30,13 +30,13 @@ class BucketBuffers:
         self.messages: list[Tensor] = []
         self.values: list[Tensor] = []
         self.bucket_of: dict[int, int] = {}
-        self.scalars = parameters[0].new_zeros(NUM_RIDERS, requires_grad=False)
+        self.scalars = parameters[0].new_zeros(NUM_SCALARS, requires_grad=False)
         self._num_holders = self.scalars[:0]
         views: dict[int, Tensor] = {}
         for number, bucket in enumerate(buckets):
             members = [parameters[index] for index in bucket.members]
             lengths = [member.numel() for member in members]
-            extra = [NUM_RIDERS, len(parameters)] if number == len(buckets) - 1 else [0, 0]
+            extra = [NUM_SCALARS, len(parameters)] if number == len(buckets) - 1 else [0, 0]
             message = parameters[0].new_zeros(sum(lengths) + sum(extra), requires_grad=False)
             flat, self.scalars, self._num_holders = message.split([sum(lengths), *extra])
             views |= dict(zip(bucket.members, flat.split(lengths), strict=True))

@@ -130,12 +130,12 @@ class WorkerSync(ServedSync):
         push = GradientPush(self._loss, self._stop, overflow, self._optimizer.param_groups[0]["lr"])
         me, servers = self._topology.rank, self._topology.servers
         messages = [_packed(push, self._encoded(row)) for row in servers]
-        answers = [torch.empty(_size(WeightReply, row.nbytes), dtype=torch.uint8) for row in self._rows]
+        incoming = [torch.empty(_size(WeightReply, row.nbytes), dtype=torch.uint8) for row in self._rows]
         handles = self._send_to_servers(messages)
-        handles += [self._transfer("answer", server, me, server, answers[server]) for server in servers]
+        handles += [self._transfer("reply", server, me, server, incoming[server]) for server in servers]
         for handle in handles:
             hvd.synchronize(handle)
-        replies = [_unpacked(WeightReply, answer) for answer in answers]
+        replies = [_unpacked(WeightReply, message) for message in incoming]
         first = replies[0][0]
         if not self._is_synchronous and not math.isfinite(first.loss):
             raise TrainingError(NOT_FINITE)
@@ -218,11 +218,11 @@ class ServerSync(ServedSync):
                     return worker, push, self._code.decode(content, self._step_of(worker))
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
-    def send(self, worker: int, answer: WeightReply) -> int:
+    def send(self, worker: int, reply: WeightReply) -> int:
         """Starts sending a reply with the current weights; returns its number of bytes."""
         self._leaving = runtime.under_way(self._leaving)
-        message = _packed(answer, self._row.view(torch.uint8))
-        self._leaving.append((self._transfer("answer", self._me, worker, self._me, message), message))
+        message = _packed(reply, self._row.view(torch.uint8))
+        self._leaving.append((self._transfer("reply", self._me, worker, self._me, message), message))
         return len(message)
 
     def sync_weights(self) -> None:
