@@ -37,8 +37,7 @@ from common.data.datasets import mnist, shards, tokenizer
 from common.data.sampler import TrainingSampler
 from common.distributed.topology import Topology
 from common.errors import ConfigError
-from common.training import checkpoint
-from common.training.run_log import events_of_record
+from common.training import checkpoint, metrics_file
 from recipes.commands import generate, shard_data
 from tests.test_datasets import write_idx
 from tests.test_ledger import note
@@ -406,7 +405,7 @@ def of_metrics(folder: Path) -> Target:
 
     def read(_: random.Random) -> None:
         try:
-            found, problems = events_of_record(out / "metrics.jsonl")
+            found, problems = metrics_file.read(out / "metrics.jsonl")
         except ConfigError as error:
             raise ValueError("a run must go on with what is left of its record") from error
         json.dumps([found, problems])

@@ -13,7 +13,8 @@ from common.distributed.topology import Topology
 from common.errors import TrainingError
 from common.gradients.bucketing import Bucket
 from common.gradients.step_metrics import StepMetrics
-from common.training.run_log import RunLog, _Progress
+from common.training.progress import Progress
+from common.training.run_log import RunLog
 from tests.one_rank import OneRank
 
 import numpy as np
@@ -133,7 +134,7 @@ def test_a_line_of_progress_fits_the_terminal(
     step = next(plan.steps())
     for columns in (20, 80, 200):
         monkeypatch.setenv("COLUMNS", str(columns))
-        _Progress(plan).show(step, {"train_loss": 0.123456, "test_loss": 0.5, "noise_scale": 1234.5, "staleness": 3})
+        Progress(plan).show(step, {"train_loss": 0.123456, "test_loss": 0.5, "noise_scale": 1234.5, "staleness": 3})
         line = capsys.readouterr().out.removeprefix("\r\033[K")
         assert len(line) < columns
         assert ("noise_scale" in line) == (columns == 200)
