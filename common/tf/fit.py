@@ -65,7 +65,7 @@ class _ApplyMean:
 
 def _sum_over_ranks(tensors: Sequence[tf.Tensor], topology: Topology) -> list[tf.Tensor]:
     """The sums over the ranks of tensors of one dtype, with one message per bucket."""
-    if topology.world_size == 1:
+    if topology.world_size == 1 or not tensors:
         return list(tensors)
     shapes, dtype = [tuple(tensor.shape) for tensor in tensors], tensors[0].dtype
     buckets = bucketing.of_model(shapes, dtype.size, NO_COMPRESSION, ReduceOp.average, bucketing.BUCKET_BYTES)
