@@ -27,22 +27,21 @@ _FOUR_STAGES = {"four stages": [*_PIPELINE, "parallel.pipeline_stages=4"]}
 _TWO_BY_TWO = {"two by two": _PIPELINE}
 _THREE_AND_ONE = {"three and one": [*_PIPELINE, "parallel.replicas_per_stage=[3,1]"]}
 _SERVERS = {"one server": _SERVER, "two servers": [*_SERVER, "parallel.num_servers=2"]}
-# By number of ranks and task; not all pairs, as schedules know nothing of layers.
+# By number of ranks and task; not all pairs, as schedules, servers and pieces of an optimizer know nothing of layers.
 LAYOUTS: dict[int, dict[str, dict[str, list[str]]]] = {
     1: {task: {"whole": []} for task in TASKS},
     2: {
         "mnist_mlp": _TWO_STAGES | _SCHEDULES,
-        "mnist_cnn": _TWO_STAGES,
+        "mnist_cnn": {"1f1b": _PIPELINE},
         "transformer_lm": _TWO_STAGES | {"zb_h1": _SCHEDULES["zb_h1"]},
     },
-    3: {"mnist_mlp": _SERVERS, "mnist_cnn": {"one server": _SERVER}, "transformer_lm": {"one server": _SERVER}},
+    3: {"mnist_mlp": _SERVERS, "mnist_cnn": {}, "transformer_lm": {"one server": _SERVER}},
     4: {"mnist_mlp": _FOUR_STAGES, "mnist_cnn": _TWO_BY_TWO, "transformer_lm": _FOUR_STAGES | _THREE_AND_ONE},
 }
-# Trained whole and resumed: the stages share a weight, and two ranks may have one stage.
+# Trained whole and resumed: the stages share a weight, and two ranks may have one stage. dgc keeps what topk does.
 RESUMED = {
     name: [*TASKS["transformer_lm"], *_PIPELINE, "train.max_steps=8", "train.log_every=1", "train.clip_norm=1", *values]
     for name, values in {
-        "topk": ["compression=topk", "optimizer.freeze_step=6"],
         "powersgd": ["compression=powersgd", "compression.rank=2", "optimizer.freeze_step=6"],
         "dgc": ["compression=dgc", "optimizer=sgd", "optimizer.lr=0.05", "compression.warmup_steps=4"],
     }.items()

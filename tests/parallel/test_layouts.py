@@ -56,16 +56,17 @@ def test_workers_need_not_wait_for_each_other(run: Callable[..., Path]) -> None:
 
 
 @on_ranks(1, 2, 3, 4)
-@pytest.mark.parametrize("task", TASKS)
-def test_every_layout_trains(num_ranks: int, task: str, run: Callable[..., Path]) -> None:
+def test_every_layout_trains(num_ranks: int, run: Callable[..., Path]) -> None:
     """The losses are compared below."""
-    for layout in LAYOUTS[num_ranks][task]:
-        for is_right, line in example_log.check(run(f"{task}/{layout}")):
-            assert is_right, (layout, line)
+    for task, layouts_of_task in LAYOUTS[num_ranks].items():
+        for layout in layouts_of_task:
+            for is_right, line in example_log.check(run(f"{task}/{layout}")):
+                assert is_right, (task, layout, line)
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("num_ranks", "task"), [(num_ranks, task) for num_ranks in (2, 3, 4) for task in TASKS if LAYOUTS[num_ranks][task]]
+)
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_one_loss_curve_for_every_layout(framework: str, num_ranks: int, task: str, published: Published) -> None:
     whole = published(framework, 1, LAYOUT_RUNS) / task / "whole"
