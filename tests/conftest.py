@@ -4,24 +4,23 @@ Marked `ranks(2, framework="torch")` it runs with one framework alone.
 
 All such tests of one framework and number share one launch of horovodrun, in which pytest runs on each rank. The
 session that was started by hand launches it when it meets the first of them, and reports what the ranks reported.
+
+`publish` gives such a test a folder under a name, and `published` gives it to other tests, those without ranks or of
+other launches: marked `ranks(3, after=2)`, a test's launch follows that of 2 ranks. `process_sets=` is a function that
+gives the subsets of so many ranks in which a test communicates: Horovod needs them at its start.
 """
 
 import importlib
-import json
 import os
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TypeAlias
 
-from tests import launch
+from tests.helpers import ranks
+from tests.helpers.launch import FRAMEWORKS
+from tests.helpers.ranks import Launcher, Publish, Published
 
 import pytest
-
-RESULTS = "TEST_RANKS_RESULTS"  # in the environment of a rank: the folder that the ranks of its launch share
-SECONDS = 300  # for one launch; a hang ends here
-
-Reports = dict[str, list[str]]  # test -> what went wrong on ranks; one "" for each rank where nothing did
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -29,8 +28,44 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if marker:
         metafunc.fixturenames += ["framework", "num_ranks"]
         only = marker.kwargs.get("framework")
-        metafunc.parametrize("framework", [name for name in launch.FRAMEWORKS if only in (None, name)])
+        metafunc.parametrize("framework", [name for name in FRAMEWORKS if only in (None, name)])
         metafunc.parametrize("num_ranks", marker.args)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        # Beside the ranks a test runs no fixtures of its own: it only needs what reports.
+        if isinstance(item, pytest.Function) and ranks.key_of(item) and not ranks.is_rank():
+            item.fixturenames[:] = ["launcher"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    if ranks.is_rank() or not ranks.key_of(pyfuncitem):
+        return None
+    launcher: Launcher = pyfuncitem.funcargs["launcher"]  # type: ignore[assignment]
+    launcher.report(pyfuncitem)
+    return True
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if ranks.is_rank():
+        ranks.note(report)
+
+
+@pytest.fixture(scope="session")
+def launcher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Launcher:
+    """Launches the ranks of marked tests."""
+    return Launcher(request.session.items, tmp_path_factory.mktemp("launches"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def started(request: pytest.FixtureRequest) -> None:
+    """Starts Horovod on a rank, with the process sets of all tests of the launch."""
+    if ranks.is_rank():
+        (framework, _), *_ = filter(None, map(ranks.key_of, request.session.items))
+        runtime = importlib.import_module(f"common.{framework}.distributed.runtime")
+        runtime.init(sorted(ranks.process_sets(request.session.items)))
 
 
 @pytest.fixture
@@ -41,95 +76,28 @@ def runtime(framework: str) -> ModuleType:
 
 @pytest.fixture
 def shared_path(request: pytest.FixtureRequest) -> Path:
-    """A folder that all ranks of a test share."""
-    folder = Path(os.environ[RESULTS], str(request.node.originalname))
-    folder.mkdir(exist_ok=True)
+    """A folder that all ranks of a test share, and its other parameters."""
+    module, _, _ = request.node.nodeid.partition("::")
+    folder = Path(os.environ[ranks.FOLDER], Path(module).stem, str(request.node.originalname))
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-Launches: TypeAlias = Callable[[str, int], Path]
 
 
 @pytest.fixture
-def launches(request: pytest.FixtureRequest) -> Launches:
-    """Gives the folder of a launch, with those of its tests; starts it if it was not yet."""
-    session = request.session
+def publish() -> Publish:
+    """Gives a test on ranks the folder for results that others build on, by its name."""
+    return partial(ranks.publish, Path(os.environ[ranks.FOLDER]))
 
-    def folder(framework: str, num_ranks: int) -> Path:
-        return _launched(session, (framework, num_ranks))[2]
+
+@pytest.fixture
+def published(request: pytest.FixtureRequest) -> Published:
+    """Gives the folder that a test on ranks has published, by framework, number of ranks and name."""
+    if ranks.is_rank():
+        return partial(ranks.published, Path(os.environ[ranks.FOLDER]).parent)
+    launcher: Launcher = request.getfixturevalue("launcher")
+
+    def folder(framework: str, num_ranks: int, name: str) -> Path:
+        launcher.launch((framework, num_ranks))
+        return ranks.published(launcher.folder, framework, num_ranks, name)
 
     return folder
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    if isinstance(item, pytest.Function) and _launch_key(item) and RESULTS not in os.environ:
-        # Neither fixtures nor the test itself run in this process.
-        item.fixturenames.clear()
-        item._request._fillfixtures = lambda: None  # type: ignore[method-assign]
-        item.runtest = lambda: _report(item)  # type: ignore[method-assign]
-    return (yield)
-
-
-def _launch_key(item: pytest.Item) -> tuple[str, int] | None:
-    """The framework and number of ranks that a marked test runs with."""
-    if not isinstance(item, pytest.Function) or not item.get_closest_marker("ranks"):
-        return None
-    params = item.callspec.params
-    return str(params["framework"]), int(str(params["num_ranks"]))
-
-
-def _report(item: pytest.Function) -> None:
-    """Passes or fails as the test did on its ranks; the first test of a launch starts it."""
-    key = _launch_key(item)
-    assert key is not None
-    reports, output, _ = _launched(item.session, key)
-    of_ranks = reports.get(item.nodeid, [])
-    problems = [problem for problem in of_ranks if problem]
-    if problems:
-        pytest.fail("\n".join(problems), pytrace=False)
-    if len(of_ranks) == key[1]:
-        return
-    if any(problem for others in reports.values() for problem in others):
-        pytest.skip("an earlier test of the same launch failed")
-    pytest.fail(f"reported by {len(of_ranks)} of {key[1]} ranks; the launch printed:\n{output}", pytrace=False)
-
-
-_LAUNCHES = pytest.StashKey[dict[tuple[str, int], tuple[Reports, str, Path]]]()
-
-
-def _launched(session: pytest.Session, key: tuple[str, int]) -> tuple[Reports, str, Path]:
-    """The reports, the output and the folder of a launch, which runs all tests of the session that have the key."""
-    launches = session.config.stash.setdefault(_LAUNCHES, {})
-    if key not in launches:
-        ids = [other.nodeid for other in session.items if _launch_key(other) == key]
-        if not ids:
-            pytest.skip(f"builds on tests that run on {key[1]} ranks with {key[0]}, and none was chosen")
-        folder = session.config._tmp_path_factory.mktemp("-".join(map(str, key)))  # type: ignore[attr-defined]
-        launches[key] = (*_launch(ids, key[1], folder), folder)
-    return launches[key]
-
-
-def _launch(ids: list[str], num_ranks: int, folder: Path) -> tuple[Reports, str]:
-    """Runs the tests on ranks and returns their reports, and what was printed."""
-    (folder / "tests").write_text("\n".join(ids))
-    # -x: a rank that failed would leave the others alone in the next collective.
-    options = ("-x", "-q", "-p", "no:cacheprovider", f"@{folder / 'tests'}")
-    try:
-        job = launch.horovodrun(num_ranks, "-m", "pytest", *options, timeout=SECONDS, env={RESULTS: str(folder)})
-        output = job.stdout
-    except AssertionError as error:
-        output = str(error)
-    reports: Reports = {}
-    for path in sorted(folder.glob("rank*.jsonl")):
-        for line in path.read_text().splitlines():
-            for test, problem in json.loads(line).items():
-                reports.setdefault(test, []).append(problem and f"{path.stem}:\n{problem}")
-    return reports, output
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if RESULTS in os.environ and (report.when == "call" or report.failed):
-        rank = os.environ.get("HOROVOD_RANK") or os.environ["OMPI_COMM_WORLD_RANK"]
-        with (Path(os.environ[RESULTS]) / f"rank{rank}.jsonl").open("a") as file:
-            file.write(json.dumps({report.nodeid: report.longreprtext if report.failed else ""}) + "\n")

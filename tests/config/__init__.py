@@ -1,0 +1,1 @@
+"""Tests of how a configuration is composed and what is refused."""

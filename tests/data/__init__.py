@@ -1,0 +1,1 @@
+"""Tests of datasets, their files, and the sampler."""

@@ -1,0 +1,1 @@
+"""Tests of what a rank takes from its host and its launcher."""

@@ -1,0 +1,1 @@
+"""Tests of gradients on ranks: the bindings, compressors, buckets."""

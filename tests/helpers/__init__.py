@@ -1,0 +1,1 @@
+"""What several tests need: launches of ranks, small models, runs that are compared."""

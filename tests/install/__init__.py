@@ -1,0 +1,1 @@
+"""Tests of Horovod's build, and of an installed wheel."""

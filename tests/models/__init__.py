@@ -1,0 +1,1 @@
+"""Tests of the transformer's layers and of half precision."""

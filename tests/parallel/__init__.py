@@ -1,0 +1,1 @@
+"""Tests of stages, servers, schedules, and what a layout costs."""

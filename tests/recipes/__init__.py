@@ -1,0 +1,1 @@
+"""Tests of recipes and commands as a user starts them."""

@@ -1,0 +1,1 @@
+"""Tests of checkpoints, the record of a run, and loops of ones own."""
