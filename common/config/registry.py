@@ -1,6 +1,7 @@
 """The option names of conf/ that have code, and the type of each one's configuration.
 
-Models are chosen by their type alone. tests/config/test_composition.py checks that data sources and schedules have code.
+Models are chosen by their type alone. tests/config/test_composition.py checks that data sources and schedules have
+code.
 """
 
 from pathlib import Path

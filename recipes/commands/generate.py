@@ -20,8 +20,8 @@ from common.config.schema import LMConfig
 from common.data.datasets import tokenizer
 from common.data.datasets.tokenizer import Tokenizer
 from common.errors import ConfigError
-from common.training import checkpoint, sampling
-from common.training.checkpoint import Checkpoint
+from common.training import checkpoint_files, sampling
+from common.training.checkpoint_files import Checkpoint
 from recipes.commands import parse
 
 import numpy as np
@@ -47,7 +47,7 @@ def main(words: Sequence[str]) -> None:
     """Writes the prompt and the generated text to stdout, token by token."""
     arguments = parse(Arguments, words)
     _check(arguments)
-    found = checkpoint.find(Path(arguments.run_dir))
+    found = checkpoint_files.find(Path(arguments.run_dir))
     if found.state["task"] != "transformer_lm":
         raise ConfigError([f"run.dir={arguments.run_dir}: is of {found.state['task']}; only transformer_lm generates"])
     tokens = _tokenizer(found)

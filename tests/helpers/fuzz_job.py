@@ -39,7 +39,7 @@ from common.data.datasets import mnist, shards, tokenizer
 from common.data.sampler import TrainingSampler
 from common.distributed.topology import Topology
 from common.errors import ConfigError
-from common.training import checkpoint, metrics_file
+from common.training import checkpoint_files, metrics_file
 from recipes.commands import generate, shard_data
 from tests.helpers.idx import write_idx
 from tests.helpers.ledger import note
@@ -366,10 +366,10 @@ def of_checkpoint(folder: Path) -> Target:
         "world_size": 2,
     }
     out = folder / "data"
-    checkpoint.write(out, weights, {"0.token.weight.momentum": weights["0.token.weight"]}, {}, state)
+    checkpoint_files.write(out, weights, {"0.token.weight.momentum": weights["0.token.weight"]}, {}, state)
 
     def read(_: random.Random) -> None:
-        found = checkpoint.find(out)
+        found = checkpoint_files.find(out)
         plan = TrainingSampler.from_config(cfg, 100, ALONE, found.state)
         plan.progress(plan.start)
         plan.batch_sizes.at(plan.start.step + 1)
@@ -379,13 +379,17 @@ def of_checkpoint(folder: Path) -> Target:
         generate._sizes(found, tokens.vocabulary_size)
 
     def sign(name: str) -> None:
-        state = json.loads((out / checkpoint.STATE).read_bytes())
-        if name != checkpoint.STATE:
+        state = json.loads((out / checkpoint_files.STATE).read_bytes())
+        if name != checkpoint_files.STATE:
             state["sha256"][name] = hashlib.sha256((out / name).read_bytes()).hexdigest()
-        state["sha256"][checkpoint.STATE] = checkpoint.state_sha256(state)
-        (out / checkpoint.STATE).write_text(json.dumps(state))
+        state["sha256"][checkpoint_files.STATE] = checkpoint_files.state_sha256(state)
+        (out / checkpoint_files.STATE).write_text(json.dumps(state))
 
-    names = [checkpoint.STATE] * 3 + [checkpoint.WEIGHTS, checkpoint.OPTIMIZER, checkpoint.GRADIENTS]
+    names = [checkpoint_files.STATE] * 3 + [
+        checkpoint_files.WEIGHTS,
+        checkpoint_files.OPTIMIZER,
+        checkpoint_files.GRADIENTS,
+    ]
     return Target(out, names, read, sign)
 
 

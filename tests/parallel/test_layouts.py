@@ -15,7 +15,7 @@ from common.distributed.topology import Topology
 from common.errors import ConfigError
 from common.parallel.rank_schedule import RankSchedule
 from common.parallel.staleness import StalenessTracker
-from common.training import checkpoint
+from common.training import checkpoint, checkpoint_files
 from tests.helpers import layouts
 from tests.helpers.launch import FRAMEWORKS, ROOT, kill_when, read_events
 from tests.helpers.layouts import LAYOUTS, RESUMED, TASKS
@@ -73,7 +73,7 @@ def test_one_loss_curve_for_every_layout(framework: str, num_ranks: int, task: s
     for layout in LAYOUTS[num_ranks][task]:
         run = published(framework, num_ranks, LAYOUT_RUNS) / task / layout
         assert losses(read_events(run)) == pytest.approx(losses(read_events(whole)), rel=1e-5), layout
-        first, last = (checkpoint.newest(folder)[0] for folder in (whole, run))
+        first, last = (checkpoint_files.newest(folder)[0] for folder in (whole, run))
         assert first is not None
         assert last is not None
         for old, new in ((first.weights, last.weights), (first.optimizer_state, last.optimizer_state)):
@@ -127,7 +127,7 @@ def test_stages_that_share_a_weight_go_on_with_what_their_compressors_had(
     # To the bit where each stage has one rank; else a rank's residual is no longer its own, but its share.
     expected = {step: whole[step] for step in again}
     assert again == (expected if num_ranks == 2 else pytest.approx(expected, rel=0.02))
-    state = checkpoint.read(first / "checkpoints/step-00000008")
+    state = checkpoint_files.read(first / "checkpoints/step-00000008")
     shared = next(key for key in state.weights if key.startswith("0.token"))
     assert not {f"{shared}.residual", f"{shared}.velocity", f"{shared}.factor"} & state.gradients.keys()
 
@@ -149,7 +149,7 @@ def test_a_signal_stops_servers_and_workers_after_the_same_step(framework: str, 
     job = kill_when(lambda: len(read_events(tmp_path)) > 3, 3, *command, signal_number=signal.SIGTERM)
     assert job.returncode != 0
     assert "stopped at step" in job.stdout, job.stdout
-    assert checkpoint.newest(tmp_path)[0] is not None
+    assert checkpoint_files.newest(tmp_path)[0] is not None
 
 
 def test_the_tracker_keeps_workers_within_the_bound() -> None:

@@ -9,7 +9,7 @@ from types import ModuleType
 from common.config.composition import compose
 from common.config.validation import validate
 from common.distributed.topology import Topology
-from common.training.checkpoint import newest
+from common.training.checkpoint_files import newest
 from tests.helpers.launch import FRAMEWORKS, ROOT, horovodrun, read_events
 from tests.helpers.ranks import Publish, Published
 from tests.helpers.runs import COMMON, SHORT_RUNS, SMALL, losses, train_here

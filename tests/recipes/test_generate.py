@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from common.errors import ConfigError
-from common.training.checkpoint import read
+from common.training.checkpoint_files import read
 from recipes.commands.generate import main
 from tests.helpers.fuzz_job import of_checkpoint
 from tests.helpers.launch import FRAMEWORKS, run

@@ -14,7 +14,7 @@ from common.config.schema import MnistMLPConfig
 from common.data import example_log
 from common.data.datasets import digits, mnist
 from common.errors import ConfigError, TrainingError
-from common.training import checkpoint
+from common.training import checkpoint_files
 from recipes.commands import shard_data
 from tests.helpers.idx import write_idx
 from tests.helpers.launch import FRAMEWORKS, horovodrun, kill_when, read_events, run
@@ -258,7 +258,7 @@ def checkpoint_folders(folder: Path) -> dict[str, Path]:
     }
     folders = {name: folder / name / "step-00000002" for name in ("cut", "other")}
     for path in folders.values():
-        checkpoint.write(path, {"0.weight": np.zeros(3)}, {}, {}, state)
+        checkpoint_files.write(path, {"0.weight": np.zeros(3)}, {}, {}, state)
     weights = folders["cut"] / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     return folders

@@ -16,7 +16,7 @@ from common.data.sampler import TrainingSampler
 from common.distributed.array_exchange import Arrays
 from common.errors import ConfigError, Stopped, TrainingError
 from common.gradients.step_metrics import StepMetrics
-from common.training import checkpoint, run_lock
+from common.training import checkpoint_files, run_lock
 from common.training.checkpoint import Checkpoints, check_names_and_shapes
 from tests.helpers.launch import ROOT
 from tests.helpers.one_rank import ALONE, OneRank
@@ -83,7 +83,7 @@ def test_the_newest_checkpoints_are_kept_and_hold_what_training_needs(tmp_path: 
     assert state["batch_sizes"]["changes"] == [[1, 64]]
     assert state["tokenizer"] == "abc"
     assert "numpy" in state["versions"]
-    read = checkpoint.read(tmp_path / "checkpoints/step-00000009")
+    read = checkpoint_files.read(tmp_path / "checkpoints/step-00000009")
     assert read.weights["0.weight"].tolist() == [9] * 3
     assert read.optimizer_state["0.weight.momentum"].tolist() == [18] * 3
 
@@ -140,7 +140,7 @@ def test_the_record_is_on_the_disk_before_a_checkpoint_counts(tmp_path: Path, mo
 
         return call
 
-    monkeypatch.setattr(checkpoint, "write", noted(checkpoint.write))
+    monkeypatch.setattr(checkpoint_files, "write", noted(checkpoint_files.write))
     monkeypatch.setattr(file_io, "sync_path", noted(file_io.sync_path))
     (tmp_path / "ledger").mkdir()
     for path in ("metrics.jsonl", "ledger/from-step-00000000.rank-0000.jsonl"):
@@ -285,13 +285,13 @@ def test_a_checkpoint_that_cannot_be_written_is_reported(tmp_path: Path) -> None
 
 def test_writing_does_not_hold_up_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = threading.Event()
-    write = checkpoint.write
+    write = checkpoint_files.write
 
     def slowly(folder: Path, *content: Any) -> None:
         assert folder.name != "step-00000003" or held.wait(10)
         write(folder, *content)
 
-    monkeypatch.setattr(checkpoint, "write", slowly)
+    monkeypatch.setattr(checkpoint_files, "write", slowly)
     cfg = compose("mnist_mlp", [f"run.dir={tmp_path}", "train.checkpoint_every=3"])
     checkpoints = Checkpoints(cfg, "mnist_mlp_torch", "data", Numbers(), OneRank(), ALONE)
     plan = TrainingSampler.from_config(cfg, 1000, ALONE, checkpoints.restore())
