@@ -99,11 +99,11 @@ class CostModel:
 
     @property
     def owners(self) -> range:
-        """The ranks that each update one piece of the weights; empty if each rank updates all of its weights."""
+        """The ranks that each update one partition of the weights; empty if each rank updates all of its weights."""
         return range(self.topology.world_size) if self._is_sharded else self.topology.servers
 
-    def piece(self, rank: int) -> range:
-        """The piece that an owner updates of the vector of all values, in which the matrices come first."""
+    def partition(self, rank: int) -> range:
+        """The partition that an owner updates of the vector of all values, in which the matrices come first."""
         total = sum(self.weights.values())
         size = piece_size(total, len(self.owners))
         return range(min(rank * size, total), min((rank + 1) * size, total))
@@ -111,12 +111,12 @@ class CostModel:
     def memory(self, rank: int) -> dict[str, float]:
         """Bytes of memory of a rank by purpose, without messages in flight and the state of compressors."""
         weights = self._num_weights(rank) * self._value_bytes
-        of_piece = len(self.piece(rank)) * self._value_bytes if rank in self.owners else 0
-        updated = of_piece if self.owners else weights
+        of_partition = len(self.partition(rank)) * self._value_bytes if rank in self.owners else 0
+        updated = of_partition if self.owners else weights
         is_server = rank in self.topology.servers
         return {
             "weights": weights,
-            "gradients": of_piece * len(self.topology.workers) if is_server else weights,
+            "gradients": of_partition * len(self.topology.workers) if is_server else weights,
             "optimizer": updated * self._num_moments,
             "activations": self._peak_bytes(rank),
         }
@@ -136,11 +136,11 @@ class CostModel:
         """Bytes that a rank sends in a step by kind, for uncompressed gradients."""
         topology, weights = self.topology, self._num_weights(rank) * self._value_bytes
         if rank in topology.servers:
-            return {"answers": len(self.piece(rank)) * self._value_bytes * len(topology.workers)}
+            return {"answers": len(self.partition(rank)) * self._value_bytes * len(topology.workers)}
         if topology.num_servers:
             return {"pushes": weights}
         replicas = topology.stages[self._stage(rank)]
-        others = (topology.world_size - 1) * len(self.piece(rank)) if self._is_sharded else 0
+        others = (topology.world_size - 1) * len(self.partition(rank)) if self._is_sharded else 0
         return {
             "activations": self._sent_bytes(rank, Kind.send_activation, 0),
             "their gradients": self._sent_bytes(rank, Kind.send_gradient, -1),

@@ -127,7 +127,7 @@ def _sections(recipe: str, cfg: RunConfig, plan: CostModel) -> Iterator[list[str
     """The lines of each section of the output."""
     yield _heading(recipe, cfg, plan)
     yield _layers(plan)
-    yield _pieces(plan)
+    yield _partitions(plan)
     yield _memory(plan)
     yield _messages(plan)
     yield _schedule(plan)
@@ -163,15 +163,15 @@ def _names(layers: Sequence[LayerProfile]) -> str:
     return ", ".join(name if count == 1 else f"{count} x {name}" for name, count in runs)
 
 
-def _pieces(plan: CostModel) -> list[str]:
-    """The piece of the weights that each rank updates, if they are sharded."""
+def _partitions(plan: CostModel) -> list[str]:
+    """The partition of the weights that each rank updates, if they are sharded."""
     if not plan.owners:
         return []
     who = "server" if plan.topology.num_servers else "rank"
-    pieces = [(rank, plan.piece(rank)) for rank in plan.owners]
-    rows = [[str(rank), f"{len(piece):,}", f"{piece.start:,}", f"{piece.stop:,}"] for rank, piece in pieces]
+    partitions = [(rank, plan.partition(rank)) for rank in plan.owners]
+    rows = [[str(rank), f"{len(mine):,}", f"{mine.start:,}", f"{mine.stop:,}"] for rank, mine in partitions]
     return [
-        "The weights as one vector, matrices first, of which each updates a piece",
+        "The weights as one vector, matrices first, of which each updates a partition",
         *_table([who, "parameters", "from", "to"], rows),
     ]
 

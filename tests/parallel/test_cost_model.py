@@ -97,7 +97,7 @@ def test_parts_of_a_stage_hold_what_each_of_them_keeps() -> None:
 
 def test_two_servers_have_a_piece_each_and_workers_no_optimizer() -> None:
     plan = plan_of(5, "parallel=parameter_server", "parallel.num_servers=2")
-    assert [plan.piece(server) for server in plan.owners] == [range(24), range(24, 34)]  # in groups of eight
+    assert [plan.partition(server) for server in plan.owners] == [range(24), range(24, 34)]  # in groups of eight
     assert plan.memory(1) == {"weights": 34 * 4, "gradients": 3 * 40, "optimizer": 40, "activations": 0}
     assert plan.memory(2) == {"weights": 34 * 4, "gradients": 34 * 4, "optimizer": 0, "activations": 400}
     assert [plan.sent(rank) for rank in (0, 1, 4)] == [{"answers": 3 * 96}, {"answers": 3 * 40}, {"pushes": 34 * 4}]

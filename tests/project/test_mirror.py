@@ -49,7 +49,7 @@ DIFFERENCES = {
     "parallel/parameter_server.py ServedSync.*": "as AllreduceSync",
     "parallel/pipeline.py *": EAGER,
     "parallel/sharded.py FlatWeights.*": "parameters are views of flat memory in PyTorch, copies in TensorFlow",
-    "parallel/sharded.py Piece.*": "as FlatWeights",
+    "parallel/sharded.py Partition.*": "as FlatWeights",
     "parallel/sharded.py S*Optimizer.*": OWN_CLASS,
     "parallel/split_backward.py *": "a tape makes both gradients at once",
     "parallel/stage.py Stage.*": OWN_CLASS,

@@ -1,7 +1,8 @@
 """Parameter servers: workers push gradients, servers update the weights and send them back.
 
-All weights are treated as one vector, and each server updates one piece of it. Each pair of a worker and a server
-exchanges two messages per step: a GradientPush with the gradients of the piece, and a WeightReply with its new weights.
+All weights are treated as one vector, and each server updates one partition of it. Each pair of a worker and a server
+exchanges two messages per step: a GradientPush with the gradients of the partition, and a WeightReply with its new
+weights.
 Source: Li et al., "Scaling Distributed Machine Learning with the Parameter Server", 2014,
 https://www.usenix.org/system/files/conference/osdi14/osdi14-paper-li_mu.pdf
 """
@@ -34,13 +35,13 @@ import tensorflow as tf
 
 
 class ServedSync:
-    """What the ranks with parameter servers have in common: the pieces of the weights, their code, and the counters.
+    """What workers and servers have in common: the partitions of the weights, their code, and the counters.
 
     Its methods must not run in a graph.
 
     Args:
         stage: the whole model, which all ranks have.
-        optimizer: the optimizer of this rank's piece of the weights; on a worker it has no piece.
+        optimizer: the optimizer of this rank's partition of the weights; on a worker it has no partition.
         parallel: the configuration of the servers.
         options: how gradients are summed.
 
@@ -56,7 +57,7 @@ class ServedSync:
         self._scaler, self._weights, self._transfers = LossScaler(options), optimizer.flat, stage.transfers
         zeros = tf.zeros((self._weights.num_rows, self._weights.size), self._weights.dtype)
         self.buckets = [Bucket(options.compression.name, (), self._weights.size) for _ in self._topology.servers]
-        self._code = _PieceCode(options, zeros[:1], self._topology.rank)
+        self._code = _PartitionCode(options, zeros[:1], self._topology.rank)
         self._residual = tf.Variable(zeros, trainable=False) if options.has_feedback else None
         is_clipped_before = options.has_feedback or not self._is_synchronous
         num_workers = len(self._topology.workers)
@@ -194,16 +195,16 @@ class WorkerSync(ServedSync):
 
 
 class ServerSync(ServedSync):
-    """The GradientSync of a server: updates one piece of the weights; takes no part in forward and backward."""
+    """The GradientSync of a server: updates one partition of the weights; takes no part in forward and backward."""
 
     def __init__(
         self, stage: Stage, optimizer: ServedOptimizer, parallel: ParameterServerConfig, options: SyncOptions
     ) -> None:
         super().__init__(stage, optimizer, parallel, options)
-        if optimizer.piece is None:
-            raise ValueError(f"rank {stage.topology.rank} holds no piece of the weights")
-        self._piece = optimizer.piece
-        self._update, self._decode = tf.function(self._piece.step), tf.function(self._code.decode)
+        if optimizer.partition is None:
+            raise ValueError(f"rank {stage.topology.rank} holds no partition of the weights")
+        self._partition = optimizer.partition
+        self._update, self._decode = tf.function(self._partition.step), tf.function(self._code.decode)
         self._me = self._topology.rank
         self._loop = ServerLoop(optimizer.cfg, parallel, self._topology, self)
         self._expected: dict[int, Future[tf.Tensor]] = {}  # by worker, the push that is being received
@@ -211,8 +212,8 @@ class ServerSync(ServedSync):
 
     def synchronize(self) -> StepMetrics:
         """Handles pushes until the gradients of all workers for the next step have arrived and were used."""
-        if self._loop.tracker.fastest == 0:  # the model may have loaded other weights since the piece was made
-            self._piece.take_weights()
+        if self._loop.tracker.fastest == 0:  # the model may have loaded other weights since the partition was made
+            self._partition.take_weights()
         metrics = self._loop.serve(preemption.requested(), float(self._scaler.variable[1]))
         self._scaler.count(float(metrics.overflow) > 0)
         return metrics._replace(skipped_steps=self._scaler.counters.skipped_steps)
@@ -233,7 +234,7 @@ class ServerSync(ServedSync):
         for left in [message for message in self._leaving if message.done()]:
             left.result()
             self._leaving.remove(left)
-        message = _packed(reply, as_bytes(self._piece.values[None])[0])
+        message = _packed(reply, as_bytes(self._partition.values[None])[0])
         self._leaving.append(self._transfers.send(f"reply.{self._me}.{worker}", message, worker))
         return len(message)
 
@@ -249,7 +250,7 @@ class ServerSync(ServedSync):
 
     def update_at_once(self, gradient: tf.Tensor, lr: float) -> None:
         """Updates the weights with the gradients (P,) of one worker."""
-        optimizers.set_learning_rate(self._piece.optimizer, lr)
+        optimizers.set_learning_rate(self._partition.optimizer, lr)
         self._update(gradient)
 
     def total(self, gradients: list[tf.Tensor]) -> tuple[tf.Tensor, float]:
@@ -292,12 +293,12 @@ def build_sync(stage: Stage, optimizer: Optimizer, options: SyncOptions, paralle
     return AllreduceSync(stage.trainable_variables, stage.topology, options, stage.tied)
 
 
-class _PieceCode:
-    """Encodes the gradients of pieces as bytes: uncompressed, or by a compressor from a start step on.
+class _PartitionCode:
+    """Encodes the gradients of partitions as bytes: uncompressed, or by a compressor from a start step on.
 
     Args:
         options: the compression and the seed.
-        like: (1, P) a tensor with the shape and dtype of a piece.
+        like: (1, P) a tensor with the shape and dtype of a partition.
         rank: the rank whose random numbers are used.
 
     Raises:
@@ -335,7 +336,7 @@ class _PieceCode:
         return self._codec.decode(codes, self._like.shape[1])
 
     def num_bytes(self, step: int) -> int:
-        """Number of bytes of a piece in a step."""
+        """Number of bytes of a partition in a step."""
         return self._num_bytes[self.is_on(step)]
 
 

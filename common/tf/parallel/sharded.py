@@ -1,4 +1,4 @@
-"""Sharded optimizers: all weights are treated as one vector, and each rank keeps the state of one piece and updates it.
+"""Sharded optimizers: all weights are one vector, and each rank updates one partition of it and keeps its state.
 
 Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", 2020,
 https://arxiv.org/abs/1910.02054 (stage 1)
@@ -74,7 +74,7 @@ class FlatWeights:
         return [tf.reshape(by_place[place], variable.shape) for place, variable in enumerate(self._variables)]
 
 
-class Piece:
+class Partition:
     """A copy of one row of flat weights, and the optimizer that updates it; the model's variables are not changed.
 
     Args:
@@ -124,17 +124,17 @@ class Piece:
 
 
 class ShardedOptimizer:
-    """An optimizer with several owners: ranks that each update one piece of the weights.
+    """An optimizer with several owners: ranks that each update one partition of the weights.
 
     Args:
         cfg: the configuration of the optimizer.
         stage: the stage with the weights, which are the same on all ranks.
-        owners: the ranks that update a piece, in the order of the pieces.
+        owners: the ranks that update a partition, in the order of the partitions.
 
     Attributes:
         flat: the weights.
-        piece: the piece of this rank; None if it owns none. Rank 0 owns one.
-        learning_rate: the learning rate of this rank's piece; without a piece, the value is only stored.
+        partition: the partition of this rank; None if it owns none. Rank 0 owns one.
+        learning_rate: the learning rate of this rank's partition; without a partition, the value is only stored.
     """
 
     def __init__(self, cfg: OptimizerConfig, stage: Stage, owners: Sequence[int]) -> None:
@@ -142,8 +142,10 @@ class ShardedOptimizer:
         self._owners = owners
         self.flat = FlatWeights(stage.trainable_variables, len(owners))
         self._row = owners.index(rank) if rank in owners else -1
-        self.piece = Piece(cfg, self.flat, self._row) if rank in owners else None
-        self.learning_rate = self.piece.optimizer.learning_rate if self.piece else tf.Variable(cfg.lr, trainable=False)
+        self.partition = Partition(cfg, self.flat, self._row) if rank in owners else None
+        self.learning_rate = (
+            self.partition.optimizer.learning_rate if self.partition else tf.Variable(cfg.lr, trainable=False)
+        )
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -151,15 +153,15 @@ class ShardedOptimizer:
         return []
 
     def apply(self, gradients: Sequence[tf.Tensor], variables: Sequence[keras.Variable]) -> None:
-        """Updates this rank's piece, and gathers the pieces of the others; gradients are the same on all ranks."""
-        if self.piece:
-            self.piece.take_weights()
-            self.piece.step(self.flat.row(gradients, self._row))
+        """Updates this rank's partition, and gathers those of the others; gradients are the same on all ranks."""
+        if self.partition:
+            self.partition.take_weights()
+            self.partition.step(self.flat.row(gradients, self._row))
         self.gather()
 
     def gather(self) -> None:
         """Copies the weights from their owners to all ranks."""
-        mine = self.piece.values[None] if self.piece else tf.zeros((0, self.flat.size), self.flat.dtype)
+        mine = self.partition.values[None] if self.partition else tf.zeros((0, self.flat.size), self.flat.dtype)
         shape = (self.flat.num_rows, self.flat.size)
         self.flat.assign(tf.ensure_shape(hvd.allgather(mine, name="weights"), shape))
 
@@ -168,7 +170,7 @@ class ShardedOptimizer:
 
         All ranks must call it.
         """
-        mine = self.piece.state() if self.piece else {}
+        mine = self.partition.state() if self.partition else {}
         received = runtime.exchange_arrays([mine, *[{}] * (self._num_ranks - 1)])
         return {
             moment: self.flat.parts(tf.stack([received[owner][moment] for owner in self._owners]))
@@ -185,8 +187,8 @@ class ShardedOptimizer:
                 of_row = {moment: array[row] for moment, array in rows.items()}
                 sent[owner] = of_row | {"num_updates": np.array(num_updates, np.float32)}
         mine = runtime.exchange_arrays(sent)[0]
-        if self.piece and mine:
-            self.piece.load(mine)
+        if self.partition and mine:
+            self.partition.load(mine)
 
 
 class ServedOptimizer(ShardedOptimizer):
@@ -204,7 +206,7 @@ class ServedOptimizer(ShardedOptimizer):
         self._take = tf.function(self._take_received)
 
     def apply(self, gradients: Sequence[tf.Tensor], variables: Sequence[keras.Variable]) -> None:
-        """On a worker, takes the weights that the servers have sent; a server has updated its piece at the pushes."""
+        """On a worker, takes the weights that the servers have sent; a server has updated its partition already."""
         if self.received:
             self._take(self.received)
         self.received = []

@@ -190,9 +190,9 @@ def _in_layout(model: keras.Model, arrays: Sequence[np.ndarray]) -> list[np.ndar
 
 
 def _inner(optimizer: keras.Optimizer | ShardedOptimizer) -> keras.Optimizer | None:
-    """Keras' optimizer; for a sharded optimizer, that of this rank's piece, or None."""
+    """Keras' optimizer; for a sharded optimizer, that of this rank's partition, or None."""
     if isinstance(optimizer, ShardedOptimizer):
-        return optimizer.piece and optimizer.piece.optimizer
+        return optimizer.partition and optimizer.partition.optimizer
     return optimizer
 
 

@@ -1,4 +1,4 @@
-"""For user-written training loops, together with Gradients and runtime: data and averaged statistics.
+"""For user-written training loops, together with AllreduceSync and runtime: data and averaged statistics.
 
 See docs/your-own-script.md.
 """

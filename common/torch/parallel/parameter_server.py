@@ -1,7 +1,8 @@
 """Parameter servers: workers push gradients, servers update the weights and send them back.
 
-All weights are treated as one vector, and each server updates one piece of it. Each pair of a worker and a server
-exchanges two messages per step: a GradientPush with the gradients of the piece, and a WeightReply with its new weights.
+All weights are treated as one vector, and each server updates one partition of it. Each pair of a worker and a server
+exchanges two messages per step: a GradientPush with the gradients of the partition, and a WeightReply with its new
+weights.
 Source: Li et al., "Scaling Distributed Machine Learning with the Parameter Server", 2014,
 https://www.usenix.org/system/files/conference/osdi14/osdi14-paper-li_mu.pdf
 """
@@ -36,11 +37,11 @@ SECONDS_BETWEEN_LOOKS = 0.0002
 
 
 class ServedSync:
-    """What the ranks with parameter servers have in common: the pieces of the weights, their code, and the counters.
+    """What workers and servers have in common: the partitions of the weights, their code, and the counters.
 
     Args:
         stage: the whole model, which all ranks have.
-        optimizer: the optimizer of this rank's piece of the weights; on a worker it has no piece.
+        optimizer: the optimizer of this rank's partition of the weights; on a worker it has no partition.
         parallel: the configuration of the servers.
         options: how gradients are summed.
     """
@@ -52,7 +53,7 @@ class ServedSync:
         self._is_synchronous = is_synchronous(parallel)
         self._scaler, self._rows = LossScaler(options), optimizer.flat.rows
         self.buckets = [Bucket(options.compression.name, (), len(row)) for row in self._rows]
-        self._code = _PieceCode(options, self._rows[:1], self._topology.rank)
+        self._code = _PartitionCode(options, self._rows[:1], self._topology.rank)
         self._residual = torch.zeros_like(self._rows) if options.has_feedback else None
         self._names = [name for name, _ in stage.named_parameters()]
         is_clipped_before = options.has_feedback or not self._is_synchronous
@@ -170,7 +171,7 @@ class WorkerSync(ServedSync):
         return [self._transfer("push", server, me, me, message) for server, message in enumerate(messages)]
 
     def _encoded(self, server: int) -> Tensor:
-        """The bytes of the gradients for a server's piece; the compression error is kept for the next step."""
+        """The bytes of the gradients for a server's partition; the compression error is kept for the next step."""
         values = self._optimizer.flat.gradients(server)[None]
         if self._residual is not None:
             values += self._residual[server]
@@ -181,15 +182,15 @@ class WorkerSync(ServedSync):
 
 
 class ServerSync(ServedSync):
-    """The GradientSync of a server: updates one piece of the weights; takes no part in forward and backward."""
+    """The GradientSync of a server: updates one partition of the weights; takes no part in forward and backward."""
 
     def __init__(
         self, stage: Stage, optimizer: ServedOptimizer, parallel: ParameterServerConfig, options: SyncOptions
     ) -> None:
         super().__init__(stage, optimizer, parallel, options)
-        if optimizer.piece is None:
-            raise ValueError(f"rank {stage.topology.rank} holds no piece of the weights")
-        self._piece = optimizer.piece
+        if optimizer.partition is None:
+            raise ValueError(f"rank {stage.topology.rank} holds no partition of the weights")
+        self._partition = optimizer.partition
         self._me, self._row = self._topology.rank, self._rows[self._topology.rank]
         self._loop = ServerLoop(optimizer.cfg, parallel, self._topology, self)
         self._expected: dict[int, tuple[int, Tensor]] = {}  # by worker, the push that is being received
@@ -237,8 +238,8 @@ class ServerSync(ServedSync):
 
     def update_at_once(self, gradient: Tensor, lr: float) -> None:
         """Updates the weights with the gradients (P,) of one worker."""
-        optimizers.set_learning_rate(self._piece.optimizer, lr)
-        self._piece.step(gradient)
+        optimizers.set_learning_rate(self._partition.optimizer, lr)
+        self._partition.step(gradient)
 
     def total(self, gradients: list[Tensor]) -> tuple[Tensor, float]:
         """The sum of the workers' gradients (P,), and its squared norm."""
@@ -250,7 +251,7 @@ class ServerSync(ServedSync):
         clip_norm = self.options.clip_norm
         if clip_norm and not self._local_clip_norm and norm > clip_norm:
             total *= clip_norm / norm
-        self._piece.step(total)
+        self._partition.step(total)
 
     def sum_over_servers(self, *values: float) -> list[float]:
         """The sum of each value over the servers."""
@@ -276,12 +277,12 @@ def build_sync(stage: Stage, optimizer: Optimizer, options: SyncOptions, paralle
     return AllreduceSync(stage.named_parameters(), stage.topology, options, stage.tied)
 
 
-class _PieceCode:
-    """Encodes the gradients of a piece as bytes: uncompressed, or by a compressor from a start step on.
+class _PartitionCode:
+    """Encodes the gradients of a partition as bytes: uncompressed, or by a compressor from a start step on.
 
     Args:
         options: the compression and the seed.
-        like: (1, P) a tensor with the shape and dtype of a piece.
+        like: (1, P) a tensor with the shape and dtype of a partition.
         rank: the rank whose random numbers are used.
 
     Raises:
@@ -318,7 +319,7 @@ class _PieceCode:
         return self._codec.decode(content[None], self._like.shape[1])[0]
 
     def num_bytes(self, step: int) -> int:
-        """Number of bytes of a piece in a step."""
+        """Number of bytes of a partition in a step."""
         return self._like.nbytes if step < self._start else self._code_bytes
 
 

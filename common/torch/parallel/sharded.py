@@ -1,4 +1,4 @@
-"""Sharded optimizers: all weights are treated as one vector, and each rank keeps the state of one piece and updates it.
+"""Sharded optimizers: all weights are one vector, and each rank updates one partition of it and keeps its state.
 
 Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", 2020,
 https://arxiv.org/abs/1910.02054 (stage 1)
@@ -68,7 +68,7 @@ class FlatWeights:
         return torch.cat([*parts, self.rows.new_zeros(max(0, stop - max(start, self._ends[-1])))])
 
 
-class Piece:
+class Partition:
     """One row of flat weights and the optimizer that updates it.
 
     Args:
@@ -111,16 +111,16 @@ class Piece:
 
 
 class ShardedOptimizer:
-    """An optimizer with several owners: ranks that each update one piece of the weights.
+    """An optimizer with several owners: ranks that each update one partition of the weights.
 
     Args:
         cfg: the configuration of the optimizer.
         stage: the stage with the weights, which are the same on all ranks.
-        owners: the ranks that update a piece, in the order of the pieces.
+        owners: the ranks that update a partition, in the order of the partitions.
 
     Attributes:
         flat: the weights.
-        piece: the piece of this rank; None if it owns none.
+        partition: the partition of this rank; None if it owns none.
     """
 
     def __init__(self, cfg: OptimizerConfig, stage: Stage, owners: Sequence[int]) -> None:
@@ -128,12 +128,12 @@ class ShardedOptimizer:
         self._num_ranks = stage.topology.world_size
         self.flat = FlatWeights(dict(stage.named_parameters()), len(owners))
         self._row = owners.index(self._rank) if self._rank in owners else -1
-        self.piece = Piece(cfg, self.flat, self._row) if self._rank in owners else None
+        self.partition = Partition(cfg, self.flat, self._row) if self._rank in owners else None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of this rank's piece."""
-        return self.piece.optimizer.param_groups if self.piece else []
+        """The groups of this rank's partition."""
+        return self.partition.optimizer.param_groups if self.partition else []
 
     @property
     def state(self) -> dict[nn.Parameter, dict[str, Tensor]]:
@@ -141,10 +141,10 @@ class ShardedOptimizer:
         return {}
 
     def step(self) -> None:
-        """Updates this rank's piece, and gathers the pieces of the others; gradients are the same on all ranks.
+        """Updates this rank's partition, and gathers those of the others; gradients are the same on all ranks.
 
         Raises:
-            TrainingError: a weight has no gradient on any rank; as a part of a piece, it would still be changed.
+            TrainingError: a weight has no gradient on any rank; as a part of a partition, it would still be changed.
         """
         missing = self.flat.without_gradient()
         if missing:
@@ -152,18 +152,18 @@ class ShardedOptimizer:
                 f"optimizer.sharded=true: {', '.join(missing)} got no gradient on any rank, and cannot be left out of "
                 "an update; use optimizer.sharded=false, or make the loss depend on it"
             )
-        if self.piece:
-            self.piece.step(self.flat.gradients(self._row))
+        if self.partition:
+            self.partition.step(self.flat.gradients(self._row))
         self.gather()
 
     def gather(self) -> None:
         """Copies the weights from their owners to all ranks."""
-        mine = self.flat.rows[self._row : self._row + 1] if self.piece else self.flat.rows[:0]
+        mine = self.flat.rows[self._row : self._row + 1] if self.partition else self.flat.rows[:0]
         self.flat.rows.copy_(hvd.allgather(mine, name="weights"))
 
     def optimizer_state(self) -> dict[str, np.ndarray]:
         """The optimizer's state by name in a checkpoint, on rank 0; all ranks must call it."""
-        mine = self.piece.state() if self.piece else {}
+        mine = self.partition.state() if self.partition else {}
         received = runtime.exchange_arrays([mine, *[{}] * (self._num_ranks - 1)])
         if self._rank > 0:
             return {}
@@ -189,12 +189,12 @@ class ShardedOptimizer:
         mine = runtime.exchange_arrays(sent)[0]
         if problem:
             raise problem
-        if self.piece and mine:
-            self.piece.load(mine)
+        if self.partition and mine:
+            self.partition.load(mine)
 
     def _rows(self, arrays: Arrays) -> list[Arrays]:
-        """For each rank, its piece of a checkpoint's optimizer state."""
-        kinds = optimizers.state_names(self.piece.optimizer) if self.piece else {}  # rank 0 owns one
+        """For each rank, its partition of a checkpoint's optimizer state."""
+        kinds = optimizers.state_names(self.partition.optimizer) if self.partition else {}  # rank 0 owns one
         places = {kind: torch.zeros_like(self.flat.rows, device="cpu") for kind in kinds}
         views = {f"{name}.{kind}": view for kind in kinds for name, view in self.flat.views(places[kind]).items()}
         given = {name: array for name, array in arrays.items() if name != "num_updates"}
@@ -227,11 +227,11 @@ class ServedOptimizer(ShardedOptimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of a server's piece; for a worker, only the learning rate."""
+        """The groups of a server's partition; for a worker, only the learning rate."""
         return super().param_groups or self._rate
 
     def step(self) -> None:
-        """On a worker, takes the weights that the servers have sent; a server has updated its piece at the pushes."""
+        """On a worker, takes the weights that the servers have sent; a server has updated its partition already."""
         for row, values in zip(self.flat.rows, self.received, strict=False):
             row.copy_(values)
         self.received = []
