@@ -45,14 +45,14 @@ def test_layers_without_weights_stay_with_one_that_has_some() -> None:
 
 @pytest.mark.parametrize("num_chunks", [0, 3])
 def test_too_few_layers_with_weights_are_refused(num_chunks: int) -> None:
-    with pytest.raises(ValueError, match=f"2 layers with weights cannot make {num_chunks} parts"):
+    with pytest.raises(ValueError, match=f"2 layers with weights cannot make {num_chunks} chunks"):
         balanced([1, 1, 1], [True, False, True], num_chunks)
 
 
 @pytest.mark.parametrize(
     ("boundaries", "rule"),
     [
-        ([2], "3 parts have 2 boundaries, not 1"),
+        ([2], "3 chunks have 2 boundaries, not 1"),
         ([0, 2], "from 1 to 4"),
         ([2, 5], "from 1 to 4"),
         ([3, 2], "must ascend"),

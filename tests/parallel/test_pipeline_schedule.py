@@ -67,11 +67,11 @@ def test_one_stage_takes_its_micro_batches_in_turn(name: str, num_replicas: int)
 @pytest.mark.parametrize("replicas", [(2, 2), (3, 1), (4, 6), (1, 2, 3)])
 def test_each_micro_batch_is_handled_once_per_part(replicas: tuple[int, ...]) -> None:
     layout = Layout(replicas, 5, 2)
-    for part in range(layout.num_chunks):
-        stage = [rank for rank in range(layout.num_ranks) if part in layout.chunks_of(rank)]
-        assert [layout.replica_of(rank) for rank in stage] == list(range(replicas[part % len(replicas)]))
+    for chunk in range(layout.num_chunks):
+        stage = [rank for rank in range(layout.num_ranks) if chunk in layout.chunks_of(rank)]
+        assert [layout.replica_of(rank) for rank in stage] == list(range(replicas[chunk % len(replicas)]))
         handled = {each: rank for rank in stage for each in layout.micro_batches_of(rank)}
-        assert handled == {each: layout.rank_of(part, each) for each in range(5 * layout.num_batch_slices)}
+        assert handled == {each: layout.rank_of(chunk, each) for each in range(5 * layout.num_batch_slices)}
 
 
 def test_receives_are_posted_one_computation_ahead() -> None:
@@ -103,28 +103,28 @@ def swap(schedules: Schedules, rank: int, first: Action, second: Action) -> None
 
 F1, B1 = Action(Kind.forward, 1, 0), Action(Kind.backward, 1, 0)
 BREAKS: dict[str, tuple[Callable[[Schedules], object], str]] = {
-    "swap": (lambda s: swap(s, 1, F1, B1), r"rank 1: backward\(part 1, micro-batch 0\) comes before forward"),
+    "swap": (lambda s: swap(s, 1, F1, B1), r"rank 1: backward\(chunk 1, micro-batch 0\) comes before forward"),
     "late receive": (
         lambda s: swap(s, 1, F1, F1.to(Kind.receive_activation)),
-        r"rank 1: forward\(part 1, micro-batch 0\) comes before receive_activation",
+        r"rank 1: forward\(chunk 1, micro-batch 0\) comes before receive_activation",
     ),
     "early send": (
         lambda s: swap(s, 1, B1, B1.to(Kind.send_gradient)),
-        r"rank 1: send_gradient\(part 1, micro-batch 0\) comes before backward",
+        r"rank 1: send_gradient\(chunk 1, micro-batch 0\) comes before backward",
     ),
     "no send": (
         lambda s: s[0].remove(Action(Kind.send_activation, 0, 2)),
-        r"rank 0: send_activation\(part 0, micro-batch 2\) occurs 0 times",
+        r"rank 0: send_activation\(chunk 0, micro-batch 2\) occurs 0 times",
     ),
     "no receive": (
         lambda s: s[0].remove(Action(Kind.receive_gradient, 0, 2)),
-        r"rank 0: receive_gradient\(part 0, micro-batch 2\) occurs 0 times",
+        r"rank 0: receive_gradient\(chunk 0, micro-batch 2\) occurs 0 times",
     ),
-    "two forwards": (lambda s: s[1].append(F1), r"rank 1: forward\(part 1, micro-batch 0\) occurs 2 times"),
-    "wrong rank": (lambda s: s[0].append(F1), r"rank 0: forward\(part 1, micro-batch 0\) does not belong there"),
+    "two forwards": (lambda s: s[1].append(F1), r"rank 1: forward\(chunk 1, micro-batch 0\) occurs 2 times"),
+    "wrong rank": (lambda s: s[0].append(F1), r"rank 0: forward\(chunk 1, micro-batch 0\) does not belong there"),
     "both forms": (
         lambda s: s[1].append(B1.to(Kind.backward_weight)),
-        r"rank 1: backward\(part 1, micro-batch 0\) is there both whole and split",
+        r"rank 1: backward\(chunk 1, micro-batch 0\) is there both whole and split",
     ),
     "no rank": (lambda s: s.pop(), "there are 1 schedules for 2 ranks"),
 }
@@ -144,7 +144,7 @@ def test_weights_before_the_input_are_refused() -> None:
     layout = Layout((1, 1), 4)
     schedules = make("zb_h1", layout)
     swap(schedules, 1, B1.to(Kind.backward_input), B1.to(Kind.backward_weight))
-    with pytest.raises(ScheduleError, match=r"rank 1: .* comes before backward_input\(part 1, micro-batch 0\)"):
+    with pytest.raises(ScheduleError, match=r"rank 1: .* comes before backward_input\(chunk 1, micro-batch 0\)"):
         check(schedules, layout)
 
 
@@ -159,7 +159,7 @@ def test_a_deadlock_names_what_each_rank_waits_at() -> None:
         backward,
     ]
     eager = [*ahead, *(action for action in eager if action not in ahead)]
-    waits = r"rank 0 waits at backward\(part 0, micro-batch 0\), rank 1 waits at forward\(part 1, micro-batch 1\)"
+    waits = r"rank 0 waits at backward\(chunk 0, micro-batch 0\), rank 1 waits at forward\(chunk 1, micro-batch 1\)"
     with pytest.raises(ScheduleError, match=f"deadlock: {waits}"):
         check([eager, patient], layout)
 
