@@ -57,24 +57,36 @@ COMPRESSED_STAGES = [
 GOES_ON = {3: [*_SERVER, "parallel.num_servers=2"], 4: ["optimizer.sharded=true"]}
 
 
-def runs(num_ranks: int) -> dict[str, tuple[str, list[str]]]:
-    """Name -> task and overrides of each run on so many ranks."""
-    found = {
-        f"{task}/{name}": (task, [*TASKS[task], *COMMON, *layout])
-        for task, layouts in LAYOUTS[num_ranks].items()
-        for name, layout in layouts.items()
+def resumed(num_ranks: int) -> dict[str, tuple[str, list[str]]]:
+    """Runs that are made whole, and again from their middle."""
+    common = ["compression.min_numel=64", "train.checkpoint_every=4", "train.keep_checkpoints=9"]
+    common += ["parallel.replicas_per_stage=[2,1]", "train.global_batch_size=24"] if num_ranks == 3 else []
+    runs = {}
+    for name, values in RESUMED.items():
+        values = [value for value in values if name != "dgc" or "freeze_step" not in value]
+        runs[name] = ("transformer_lm", [*values, *common])
+    return runs
+
+
+def layouts(num_ranks: int) -> dict[str, tuple[str, list[str]]]:
+    """All tasks in all layouts of a number of ranks."""
+    return {
+        f"{task}/{name}": (task, [*values, *COMMON, *layout])
+        for task, values in TASKS.items()
+        for name, layout in LAYOUTS[num_ranks][task].items()
     }
+
+
+def runs(num_ranks: int) -> dict[str, tuple[str, list[str]]]:
+    """Name -> task and overrides of all runs on so many ranks."""
+    found = layouts(num_ranks) | (resumed(num_ranks) if num_ranks in (2, 3) else {})
     if num_ranks in GOES_ON:
         found["goes on"] = ("transformer_lm", [*TASKS["transformer_lm"], *COMMON, *GOES_ON[num_ranks]])
     if num_ranks == 3:
-        found["not waiting"] = ("mnist_mlp", [*TASKS["mnist_mlp"], *COMMON, *NOT_WAITING, "optimizer=sgd"])
+        overrides = [*TASKS["mnist_mlp"], *COMMON, *NOT_WAITING, "optimizer=sgd"]
+        found["not waiting"] = ("mnist_mlp", overrides)
     if num_ranks == 4:
         found["compressed stages"] = ("mnist_mlp", COMPRESSED_STAGES)
-    more = ["compression.min_numel=64", "train.checkpoint_every=4"]
-    more += ["parallel.replicas_per_stage=[2,1]", "train.global_batch_size=24"] if num_ranks == 3 else []
-    for name, values in RESUMED.items() if num_ranks in (2, 3) else ():
-        values = [value for value in values if name != "dgc" or "freeze_step" not in value]
-        found[name] = ("transformer_lm", [*values, *more])
     return found
 
 

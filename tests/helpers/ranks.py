@@ -11,7 +11,7 @@ from tests.helpers import launch
 import pytest
 
 FOLDER = "TEST_RANKS_FOLDER"  # in the environment of a rank: the folder of its launch
-SECONDS = 600  # for one launch; a hang ends here
+SECONDS = 900  # for one launch, on a machine that does other things, too; a hang ends here
 
 Key: TypeAlias = tuple[str, int]  # framework and number of ranks
 Published: TypeAlias = Callable[[str, int, str], Path]

@@ -13,7 +13,7 @@ SMALL = {
     "mnist_cnn": ["model.channels=[8,16]", "model.hidden_size=32"],
     "mnist_mlp": ["model.hidden_sizes=[64]"],
     "transformer_lm": [
-        *("data.path=LICENSE", "model.width=32", "model.num_layers=2", "model.num_heads=2", "model.context=16"),
+        *("data.path=LICENSE", "model.width=32", "model.num_layers=1", "model.num_heads=2", "model.context=16"),
         *("train.global_batch_size=20", "lr_schedule.warmup_steps=10"),
     ],
 }
