@@ -29,6 +29,11 @@ def collectives(hvd: Any, tensor: Any) -> None:
         received = hvd.alltoall(tensor([10.0 * rank + other for other in range(size)]), name="all to all")
         received = received[0] if isinstance(received, tuple) else received
         assert received.numpy().tolist() == [10.0 * other + rank for other in range(size)]
+        # Under a name that another operation has had, and with unequal parts.
+        rows = hvd.reducescatter(tensor([float(row + rank) for row in range(size + 1)]), op=hvd.Sum, name="sum")
+        first = rank + (rank > 0)
+        expected = [float(size * row + size * (size - 1) / 2) for row in range(first, first + 1 + (rank == 0))]
+        assert rows.numpy().tolist() == expected
 
 
 def process_sets(hvd: Any, tensor: Any) -> None:
@@ -52,6 +57,13 @@ def broadcast_in_place(hvd: Any, tensor: Any) -> None:
     variables = [importlib.import_module("tensorflow").Variable([float(hvd.rank() + number)]) for number in range(3)]
     hvd.broadcast_variables(variables, root_rank=1)
     assert [variable.numpy().tolist() for variable in variables] == [[1.0], [2.0], [3.0]]
+
+
+def rank_one_is_late(hvd: Any, tensor: Any) -> None:
+    """Ranks wait for rank 1 longer than the stall check allows."""
+    hvd.allreduce(tensor([1.0]), name="all are here")
+    time.sleep(6 * (hvd.rank() == 1))
+    hvd.allreduce(tensor([1.0]), name="rank 1 is late")
 
 
 def many_in_flight(hvd: Any, tensor: Any) -> None:

@@ -1,6 +1,9 @@
 """The Horovod that `make setup` builds: its edits keep what the collectives promise."""
 
+import re
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 from tests.helpers.launch import FRAMEWORKS, horovodrun, run
@@ -34,6 +37,40 @@ def test_a_collective_starts_when_posted_whatever_the_cycle_time(num_ranks: int)
     job = ("torch", "collectives", "many_in_flight", "join")
     result = horovodrun(num_ranks, "-m", "tests.helpers.horovod_job", *job, env={"HOROVOD_CYCLE_TIME": "50000"})
     assert result.stdout.count("all as promised") == num_ranks, result.stdout
+
+
+@needs_torch
+def test_the_stall_check_names_the_missing_rank_and_ends_the_job() -> None:
+    limits = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "1", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "3"}
+    result = horovodrun(2, "-m", "tests.helpers.horovod_job", "torch", "rank_one_is_late", env=limits)
+    assert result.returncode != 0
+    assert re.search(r"Missing ranks:\s+(\[0\]<stderr>:)?1: \[allreduce.rank 1 is late\]", result.stdout), result.stdout
+    assert "Will shutdown" in result.stdout
+
+
+def test_a_scope_of_the_rendezvous_is_cleared_by_its_own_ranks() -> None:
+    from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+    from horovod.runner.http.http_server import RendezvousServer
+
+    server = RendezvousServer()
+    address = f"http://127.0.0.1:{server.start()}"
+    server.init(get_host_assignments(parse_hosts("localhost:2"), 2))
+
+    def ask(method: str, path: str, content: bytes | None = None) -> int:
+        try:
+            request = urllib.request.Request(f"{address}/{path}", content, method=method)
+            with urllib.request.urlopen(request) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    assert ask("PUT", "local_localhost/0", b"an address") == 200
+    # One rank has left the host's scope when both have left that of all ranks.
+    for path in ("local_localhost/0", "global/0", "global/1", "local_localhost/1"):
+        ask("DELETE", path)
+    assert ask("GET", "local_localhost/0") == 404
+    server.stop()
+    server._httpd.server_close()
 
 
 @needs_torch
