@@ -19,8 +19,8 @@ needs_torch = pytest.mark.skipif("torch" not in FRAMEWORKS, reason="torch is not
 
 @pytest.mark.parametrize(
     ("job", "event_driven", "num_ranks"),
-    [(TORCH, "1", 2), (TORCH, "1", 4), (TF, "1", 2), (TF, "1", 4), (TORCH, "0", 2)],
-    ids=["torch-2", "torch-4", "tf-2", "tf-4", "torch-2-fixed-cycle"],
+    [(TORCH, "1", 2), (TF, "1", 2), (TF, "1", 4), (TORCH, "0", 2)],  # PyTorch's on 4 ranks are in the next test
+    ids=["torch-2", "tf-2", "tf-4", "torch-2-fixed-cycle"],
 )
 def test_collectives_keep_their_promises(job: tuple[str, ...], event_driven: str, num_ranks: int) -> None:
     if job[0] not in FRAMEWORKS:

@@ -21,7 +21,7 @@ COMPARISONS = [
     f"{CASE_OF.get(peer, 'mnist_mlp')}.{framework}.{peer}"
     for framework, peers in side_by_side.PEERS.items()
     for peer in peers
-    if (framework, peer) != ("tf", "one_rank")  # has no code of its own
+    if peer != "one_rank"  # has no code of its own
 ]
 # Benchmark -> its smallest setting, and how rows of its table begin.
 SMALLEST: dict[str, tuple[list[str], list[str]]] = {
