@@ -94,7 +94,9 @@ def apply_edits(root: Path, edits: Sequence[Path]) -> None:
     """
     for edit in edits:
         patches = patch_ng.fromfile(str(edit))
-        files = [root / patch.source.decode() for patch in patches or ()]
+        # A file that the edit adds is named after its target; its source is /dev/null.
+        names = [patch.target if patch.source == b"/dev/null" else patch.source for patch in patches or ()]
+        files = [root / name.decode() for name in names]
         before = [path.read_bytes() if path.exists() else None for path in files]
         applied = bool(files) and patches.apply(root=str(root), fuzz=False)
         # patch_ng passes over a file that has the change already; here nothing is passed over.

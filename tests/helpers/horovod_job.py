@@ -66,6 +66,39 @@ def rank_one_is_late(hvd: Any, tensor: Any) -> None:
     hvd.allreduce(tensor([1.0]), name="rank 1 is late")
 
 
+def sizes_and_dtypes(hvd: Any, tensor: Any) -> None:
+    """Messages of no value, of some, and of several pieces of memory, in every dtype that is summed."""
+    rank, size = hvd.rank(), hvd.size()
+    for dtype in (np.float16, np.float32, np.float64, np.int32, np.int64):
+        for count in (0, 1, 1000, 50_000, 3_000_001):
+            of_ranks = [
+                np.random.default_rng((other, count)).integers(0, 50, count).astype(dtype) for other in range(size)
+            ]
+            summed = hvd.allreduce(tensor(of_ranks[rank]), op=hvd.Sum, name=f"sum {dtype.__name__} {count}")
+            np.testing.assert_array_equal(summed.numpy(), sum(of_ranks))
+    values = [np.arange(3_000_001, dtype=np.float32) * (1 + other) for other in range(size)]
+    for op, expected in ((hvd.Min, values[0]), (hvd.Max, values[-1]), (hvd.Product, np.prod(values, axis=0))):
+        np.testing.assert_allclose(hvd.allreduce(tensor(values[rank]), op=op, name=f"op {op}").numpy(), expected, 1e-6)
+    for root in range(size):
+        received = hvd.broadcast(tensor(values[rank]), root, name=f"large from {root}")
+        np.testing.assert_array_equal(received.numpy(), values[root])
+    gathered = hvd.allgather(tensor(values[rank][: 1_500_000 * rank + 1]), name="large and ragged")
+    parts = [values[other][: 1_500_000 * other + 1] for other in range(size)]
+    np.testing.assert_array_equal(gathered.numpy(), np.concatenate(parts))
+    splits = [[(other + 1) * (to + 1) * 100_000 * (other != to) for to in range(size)] for other in range(size)]
+    sent = [np.full(sum(splits[other]), other, np.float32) for other in range(size)]
+    received, sizes = hvd.alltoall(
+        tensor(sent[rank]), splits=tensor(np.array(splits[rank], np.int32)), name="large to all"
+    )
+    assert sizes.numpy().tolist() == [splits[other][rank] for other in range(size)]
+    expected = np.concatenate([np.full(splits[other][rank], other, np.float32) for other in range(size)])
+    np.testing.assert_array_equal(received.numpy(), expected)
+    part = hvd.reducescatter(tensor(values[rank]), op=hvd.Sum, name="large part").numpy()
+    lengths = [len(values[0]) // size + (other < len(values[0]) % size) for other in range(size)]
+    bounds = [0, *np.cumsum(lengths).tolist()]
+    np.testing.assert_allclose(part, np.sum(values, axis=0)[bounds[rank] : bounds[rank + 1]], rtol=1e-6)
+
+
 def many_in_flight(hvd: Any, tensor: Any) -> None:
     """Handles posted in another order on each rank."""
     for round_number in range(10):

@@ -54,6 +54,14 @@ def test_an_edit_is_applied_to_the_letter(wheel: ModuleType, edit: Path) -> None
     assert (edit.parent / "source").read_text() == "one\ntwo\nTHREE\nfour\n"
 
 
+def test_an_edit_can_add_a_file(wheel: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "01.patch"
+    path.write_text("Why.\n\n--- /dev/null\n+++ folder/added\n@@ -0,0 +1,2 @@\n+one\n+two\n")
+    (tmp_path / "folder").mkdir()
+    wheel.apply_edits(tmp_path, [path])
+    assert (tmp_path / "folder" / "added").read_text() == "one\ntwo\n"
+
+
 @pytest.mark.parametrize("content", ["one\ntwo\n3\nfour\n", "ONE\ntwo\nthree\nfour\n", "one\ntwo\nTHREE\nfour\n", None])
 def test_an_edit_that_no_longer_applies_stops_the_build(wheel: ModuleType, edit: Path, content: str | None) -> None:
     source = edit.parent / "source"

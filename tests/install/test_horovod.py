@@ -10,22 +10,26 @@ from tests.helpers.launch import FRAMEWORKS, horovodrun, run
 
 import pytest
 
-TORCH = ("torch", "collectives", "process_sets", "many_in_flight", "join")
-TF = ("tf", "collectives", "process_sets", "broadcast_in_place")
+TORCH = ("torch", "collectives", "process_sets", "many_in_flight", "join", "sizes_and_dtypes")
+TF = ("tf", "collectives", "process_sets", "broadcast_in_place", "sizes_and_dtypes")
 
 
 needs_torch = pytest.mark.skipif("torch" not in FRAMEWORKS, reason="torch is not installed")
 
 
 @pytest.mark.parametrize(
-    ("job", "event_driven", "num_ranks"),
-    [(TORCH, "1", 2), (TF, "1", 2), (TF, "1", 4), (TORCH, "0", 2)],  # PyTorch's on 4 ranks are in the next test
-    ids=["torch-2", "tf-2", "tf-4", "torch-2-fixed-cycle"],
+    ("job", "num_ranks", "switch"),
+    [(TORCH, 2, ""), (TORCH, 3, ""), (TF, 2, ""), (TF, 4, ""), (TORCH, 2, "EVENT_DRIVEN"), (TORCH, 4, "SHM")],
+    ids=["torch-2", "torch-3", "tf-2", "tf-4", "torch-2-fixed-cycle", "torch-4-sockets"],
 )
-def test_collectives_keep_their_promises(job: tuple[str, ...], event_driven: str, num_ranks: int) -> None:
+def test_collectives_keep_their_promises(job: tuple[str, ...], num_ranks: int, switch: str) -> None:
     if job[0] not in FRAMEWORKS:
         pytest.skip(f"{job[0]} is not installed")
-    env = {"HOROVOD_CYCLE_TIME": "5", "HOROVOD_EVENT_DRIVEN": event_driven, "HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
+    env = {
+        "HOROVOD_CYCLE_TIME": "5",
+        "HOROVOD_DYNAMIC_PROCESS_SETS": "1",
+        **({f"HOROVOD_{switch}": "0"} if switch else {}),
+    }
     result = horovodrun(num_ranks, "-m", "tests.helpers.horovod_job", *job, env=env)
     assert result.stdout.count("all as promised") == num_ranks, result.stdout
 
