@@ -167,10 +167,55 @@ class GradientSync(Protocol):
         """Sets the counters, those of a checkpoint; the loss scale only if it is dynamic."""
 
 
-class Allreduce(ABC):
-    """The order in which gradients are summed by allreduce, after backward; the bindings do the work."""
+class Scaler(Protocol):
+    """The loss scale and the counters of a binding (gradients/loss_scaler.py)."""
+
+    @property
+    def loss_scale(self) -> Any:
+        """The factor on the losses of the next step, ()."""
+
+    @property
+    def counters(self) -> Counters:
+        """The counters of the steps so far, as numbers or as scalars of a graph."""
+
+    def numbers(self) -> Counters:
+        """The counters of the steps so far, as numbers."""
+
+    def count(self, is_skipped: Any) -> None:
+        """Counts a step, and updates the loss scale."""
+
+    def restore(self, counters: Counters) -> None:
+        """Continues from the counters of a checkpoint."""
+
+
+class CountedSync:
+    """What both siblings behind GradientSync do alike: the loss scale, the counters, and the share of a state."""
 
     options: SyncOptions
+    _topology: Topology
+    _scaler: Scaler
+
+    @property
+    def loss_scale(self) -> Any:
+        """The factor on the losses of the next step, ()."""
+        return self._scaler.loss_scale
+
+    @property
+    def local_state_fraction(self) -> float:
+        """The fraction of a summed state that this rank gets when a checkpoint is loaded."""
+        return self.options.local_state_fraction(self._topology)
+
+    def counters(self) -> Counters:
+        """The counters of the steps so far, as numbers."""
+        return self._scaler.numbers()
+
+    def set_counters(self, counters: Counters) -> None:
+        """Sets the counters, those of a checkpoint; the loss scale only if it is dynamic."""
+        self._scaler.restore(counters)
+
+
+class Allreduce(CountedSync, ABC):
+    """The order in which gradients are summed by allreduce, after backward; the bindings do the work."""
 
     def synchronize(self) -> StepMetrics:
         """Waits until all gradients are sums over the ranks.
@@ -186,12 +231,12 @@ class Allreduce(ABC):
         self._sum_tied_weights()
         loss, stop, local_grad_sqnorm, overflow = self._sum_scalars()
         is_skipped = overflow > 0 if self.options.finds_nonfinite else False
-        loss_scale = self._counters.loss_scale
+        loss_scale = self._scaler.counters.loss_scale
         self._commit(is_skipped)
         global_grad_sqnorm = self._squared_norm() if self.options.measure_noise else 0.0
         cosine, residual_norm = self._health(errors) if self.options.measures_health else (0.0, 0.0)
         self._apply_momentum(is_skipped)
-        self._count(is_skipped)
+        self._scaler.count(is_skipped)
         return StepMetrics(
             loss,
             stop,
@@ -202,13 +247,8 @@ class Allreduce(ABC):
             cosine,
             residual_norm,
             loss_scale,
-            self._counters.skipped_steps,
+            self._scaler.counters.skipped_steps,
         )
-
-    @property
-    @abstractmethod
-    def _counters(self) -> Counters:
-        """The counters of the steps so far."""
 
     @abstractmethod
     def _finish_buckets(self) -> tuple[Any, Sequence[Any]]:
@@ -237,7 +277,3 @@ class Allreduce(ABC):
     @abstractmethod
     def _apply_momentum(self, is_skipped: Any) -> None:
         """With DGC, gives the gradients that are not compressed their momentum."""
-
-    @abstractmethod
-    def _count(self, is_skipped: Any) -> None:
-        """Counts the step, and updates the loss scale."""

@@ -6,7 +6,7 @@ from typing import Any
 from common.config.schema import LossyConfig
 from common.distributed.topology import Topology
 from common.gradients import bucketing
-from common.gradients.gradient_sync import Allreduce, Counters, SyncOptions
+from common.gradients.gradient_sync import Allreduce, SyncOptions
 from common.gradients.step_metrics import NUM_SCALARS, StepMetrics
 from common.tf.gradients import norms
 from common.tf.gradients.buckets import BucketBuffers
@@ -39,6 +39,8 @@ class AllreduceSync(Allreduce):
         gradients: the gradients of the variables; after synchronize(), their sums over the ranks.
     """
 
+    _scaler: LossScaler
+
     def __init__(
         self,
         weights: Sequence[keras.Variable],
@@ -58,7 +60,7 @@ class AllreduceSync(Allreduce):
         exchanged = self.buckets if self._is_exchanged else []
         self._buffers = BucketBuffers(shapes, exchanged, self._dtype)
         self._compressors = CompressorSet(shapes, exchanged, topology, options)
-        self._scaler, self._stages = LossScaler(options), StageSums(topology, tied)
+        self._scaler, self._stages = LossScaler(options, self._dtype), StageSums(topology, tied)
         self._probe = HealthProbe(topology, self._stages)
         self._local_clip_norm = options.local_clip_norm(topology.world_size)
         self._synchronize, self._clip = tf.function(self._synchronized), tf.function(self._clipped)
@@ -67,16 +69,6 @@ class AllreduceSync(Allreduce):
         self._scalars: tuple[tf.Tensor, ...] = ()
         self._sent: list[tf.Tensor] = []
         self._results: list[Exchanged] = []
-
-    @property
-    def loss_scale(self) -> tf.Tensor | float:
-        """The factor on the losses of the next step, ()."""
-        return tf.cast(self._scaler.variable[1], self._dtype) if self.options.loss_scale.is_dynamic else 1.0
-
-    @property
-    def local_state_fraction(self) -> float:
-        """The fraction of a summed state that this rank gets when a checkpoint is loaded."""
-        return self.options.local_state_fraction(self._topology)
 
     def zero(self) -> None:
         """Starts a step: clears all gradients."""
@@ -125,14 +117,6 @@ class AllreduceSync(Allreduce):
         """The variables of the compressors' state and of the counters."""
         return [*self._compressors.variables, self._scaler.variable]
 
-    def counters(self) -> Counters:
-        """The counters of the steps so far."""
-        return Counters(*self._scaler.variable.numpy().tolist())
-
-    def set_counters(self, counters: Counters) -> None:
-        """Sets the counters, those of a checkpoint; the loss scale only if it is dynamic."""
-        self._scaler.restore(counters)
-
     def _synchronized(
         self, gradients: list[tf.Tensor], loss: tf.Tensor, stop: tf.Tensor, fraction: tf.Tensor
     ) -> tuple[StepMetrics, list[tf.Tensor]]:
@@ -155,10 +139,6 @@ class AllreduceSync(Allreduce):
 
     def _clipped(self, gradients: list[tf.Tensor], max_norm: float) -> list[tf.Tensor]:
         return norms.clip(gradients, max_norm, self._stages.norm(gradients))
-
-    @property
-    def _counters(self) -> Counters:
-        return self._scaler.counters
 
     def _finish_buckets(self) -> tuple[list[tf.Tensor], tuple[tf.Tensor, ...]]:
         if self._results:
@@ -186,6 +166,3 @@ class AllreduceSync(Allreduce):
     def _apply_momentum(self, is_skipped: Any) -> None:
         if self._compressors.momentum:
             self.gradients = self._compressors.momentum.apply(self.gradients, is_skipped)
-
-    def _count(self, is_skipped: Any) -> None:
-        self._scaler.count(is_skipped)

@@ -16,7 +16,7 @@ from common.config.schema import LossyConfig, ParallelConfig, ParameterServerCon
 from common.errors import ConfigError, TrainingError
 from common.gradients.bucketing import Bucket
 from common.gradients.compression import compressor_class, local_clip_norm
-from common.gradients.gradient_sync import Counters, SyncOptions
+from common.gradients.gradient_sync import CountedSync, SyncOptions
 from common.gradients.step_metrics import StepMetrics
 from common.parallel.parameter_server import NOT_FINITE, GradientPush, ServerLoop, WeightReply, is_synchronous
 from common.tf.distributed import runtime
@@ -34,7 +34,7 @@ import numpy as np
 import tensorflow as tf
 
 
-class ServedSync:
+class ServedSync(CountedSync):
     """What workers and servers have in common: the partitions of the weights, their code, and the counters.
 
     Its methods must not run in a graph.
@@ -49,12 +49,15 @@ class ServedSync:
         gradients: the gradients of the variables; empty after synchronize(), because the servers use them.
     """
 
+    _scaler: LossScaler
+
     def __init__(
         self, stage: Stage, optimizer: ServedOptimizer, parallel: ParameterServerConfig, options: SyncOptions
     ) -> None:
         self.options, self._stage, self._topology, self._optimizer = options, stage, stage.topology, optimizer
         self._is_synchronous = is_synchronous(parallel)
-        self._scaler, self._weights, self._transfers = LossScaler(options), optimizer.flat, stage.transfers
+        self._weights, self._transfers = optimizer.flat, stage.transfers
+        self._scaler = LossScaler(options, self._weights.dtype)
         zeros = tf.zeros((self._weights.num_rows, self._weights.size), self._weights.dtype)
         self.buckets = [Bucket(options.compression.name, (), self._weights.size) for _ in self._topology.servers]
         self._code = _PartitionCode(options, zeros[:1], self._topology.rank)
@@ -65,17 +68,6 @@ class ServedSync:
         self.gradients: list[tf.Tensor] = []
         self._loss: tf.Tensor = 0.0  # of the step that runs
         self._stop: tf.Tensor = False
-
-    @property
-    def loss_scale(self) -> tf.Tensor | float:
-        """The factor on the losses of the next step, ()."""
-        is_dynamic = self.options.loss_scale.is_dynamic
-        return tf.cast(self._scaler.variable[1], self._weights.dtype) if is_dynamic else 1.0
-
-    @property
-    def local_state_fraction(self) -> float:
-        """The fraction of a summed state that this rank gets when a checkpoint is loaded."""
-        return self.options.local_state_fraction(self._topology)
 
     def zero(self) -> None:
         """Starts a step: clears all gradients."""
@@ -109,14 +101,6 @@ class ServedSync:
     def variables(self) -> list[tf.Variable]:
         """The residual and the counters."""
         return [*([] if self._residual is None else [self._residual]), self._scaler.variable]
-
-    def counters(self) -> Counters:
-        """The counters of the steps so far."""
-        return Counters(*self._scaler.variable.numpy().tolist())
-
-    def set_counters(self, counters: Counters) -> None:
-        """Sets the counters, those of a checkpoint; the loss scale only if it is dynamic."""
-        self._scaler.restore(counters)
 
     @property
     def _num_steps(self) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 from common.distributed.topology import Topology
 from common.errors import TrainingError
 from common.gradients.bucketing import Bucket
-from common.gradients.gradient_sync import Allreduce, Counters, SyncOptions
+from common.gradients.gradient_sync import Allreduce, SyncOptions
 from common.torch.distributed import runtime
 from common.torch.gradients import norms
 from common.torch.gradients.bucket_exchange import BucketExchange
@@ -32,6 +32,8 @@ class AllreduceSync(Allreduce):
         options: how gradients are summed.
         tied: parameters that are shared with other stages, each with all ranks that have it.
     """
+
+    _scaler: LossScaler
 
     def __init__(
         self,
@@ -79,16 +81,6 @@ class AllreduceSync(Allreduce):
         """The vectors in which gradients are exchanged."""
         return self._exchange.buckets
 
-    @property
-    def loss_scale(self) -> float:
-        """The factor on the losses of the next step."""
-        return float(self._scaler.counters.loss_scale)
-
-    @property
-    def local_state_fraction(self) -> float:
-        """The fraction of a summed state that this rank gets when a checkpoint is loaded."""
-        return self.options.local_state_fraction(self._topology)
-
     def zero(self) -> None:
         """Starts a step: clears all gradients.
 
@@ -133,18 +125,6 @@ class AllreduceSync(Allreduce):
         """The state of this rank's compressors, by name and index of the parameter; the tensors are views."""
         return self._exchange.compressors.state()
 
-    def counters(self) -> Counters:
-        """The counters of the steps so far."""
-        return self._scaler.counters
-
-    def set_counters(self, counters: Counters) -> None:
-        """Sets the counters, those of a checkpoint; the loss scale only if it is dynamic."""
-        self._scaler.restore(counters)
-
-    @property
-    def _counters(self) -> Counters:
-        return self._scaler.counters
-
     def _finish_buckets(self) -> tuple[list[Tensor], list[int]]:
         return self._exchange.finish()
 
@@ -168,6 +148,3 @@ class AllreduceSync(Allreduce):
         momentum = self._exchange.compressors.momentum
         if momentum and not is_skipped:
             momentum.apply()
-
-    def _count(self, is_skipped: Any) -> None:
-        self._scaler.count(is_skipped)

@@ -23,6 +23,11 @@ class LossScaler:
         self.counters = Counters(loss_scale=options.loss_scale.initial)
 
     @property
+    def loss_scale(self) -> float:
+        """The factor on the losses of the next step."""
+        return float(self.counters.loss_scale)
+
+    @property
     def num_steps(self) -> int:
         """Number of steps so far."""
         return int(self.counters.num_steps)
@@ -30,7 +35,7 @@ class LossScaler:
     def unscale(self, gradients: list[Tensor]) -> float:
         """Divides gradients by the loss scale in place; returns 1 if a value is not finite, else 0."""
         if self._options.loss_scale.is_dynamic:
-            torch._foreach_div_(gradients, float(self.counters.loss_scale))
+            torch._foreach_div_(gradients, self.loss_scale)
         return float(self._options.finds_nonfinite and not all(values.isfinite().all() for values in gradients))
 
     def count(self, is_skipped: Any) -> None:
@@ -38,6 +43,10 @@ class LossScaler:
         self.counters = self.counters.after_step(
             self._options.loss_scale, is_skipped, lambda condition, a, b: a if condition else b
         )
+
+    def numbers(self) -> Counters:
+        """The counters, as numbers."""
+        return self.counters
 
     def restore(self, counters: Counters) -> None:
         """Continues from the counters of a checkpoint."""

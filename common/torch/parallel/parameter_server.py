@@ -16,7 +16,7 @@ from common.config.schema import LossyConfig, ParallelConfig, ParameterServerCon
 from common.errors import ConfigError, TrainingError
 from common.gradients.bucketing import Bucket
 from common.gradients.compression import compressor_class, local_clip_norm
-from common.gradients.gradient_sync import Counters, SyncOptions
+from common.gradients.gradient_sync import CountedSync, SyncOptions
 from common.gradients.step_metrics import StepMetrics
 from common.parallel.parameter_server import NOT_FINITE, GradientPush, ServerLoop, WeightReply, is_synchronous
 from common.torch.distributed import runtime
@@ -36,7 +36,7 @@ from torch import Tensor
 SECONDS_BETWEEN_LOOKS = 0.0002
 
 
-class ServedSync:
+class ServedSync(CountedSync):
     """What workers and servers have in common: the partitions of the weights, their code, and the counters.
 
     Args:
@@ -45,6 +45,8 @@ class ServedSync:
         parallel: the configuration of the servers.
         options: how gradients are summed.
     """
+
+    _scaler: LossScaler
 
     def __init__(
         self, stage: Stage, optimizer: ServedOptimizer, parallel: ParameterServerConfig, options: SyncOptions
@@ -60,16 +62,6 @@ class ServedSync:
         num_workers = len(self._topology.workers)
         self._local_clip_norm = local_clip_norm(options.clip_norm, num_workers) if is_clipped_before else 0.0
         self._loss, self._stop = 0.0, 0.0  # of the step that runs
-
-    @property
-    def loss_scale(self) -> float:
-        """The factor on the losses of the next step."""
-        return float(self._scaler.counters.loss_scale)
-
-    @property
-    def local_state_fraction(self) -> float:
-        """The fraction of a summed state that this rank gets when a checkpoint is loaded."""
-        return self.options.local_state_fraction(self._topology)
 
     def zero(self) -> None:
         """Starts a step: clears all gradients."""
@@ -95,14 +87,6 @@ class ServedSync:
             return {}
         views = self._optimizer.flat.views(self._residual)
         return {"residual": {index: views[name] for index, name in enumerate(self._names)}}
-
-    def counters(self) -> Counters:
-        """The counters of the steps so far."""
-        return self._scaler.counters
-
-    def set_counters(self, counters: Counters) -> None:
-        """Sets the counters, those of a checkpoint; the loss scale only if it is dynamic."""
-        self._scaler.restore(counters)
 
     def _transfer(self, what: str, server: int, worker: int, root: int, message: Tensor) -> int:
         """Starts a transfer of bytes between a server and a worker."""
