@@ -75,7 +75,7 @@ class Job(ABC, Generic[E]):
             return loader(*args, **kwargs)
 
     def parallelize(self, layers: Any, examples: Examples) -> E:
-        """Gives this rank its part of the model: all of it, or a stage; with servers, workers have it and servers too.
+        """Gives this rank its part of the model: a stage of the pipeline or all of it, as workers and servers have it.
 
         All ranks must call it, after having built the same layers.
 
