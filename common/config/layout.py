@@ -1,7 +1,6 @@
 """How a configuration arranges the ranks of a job, and which subsets of ranks communicate."""
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 
 from common.config.schema import LMConfig, LossyConfig, ParameterServerConfig, PipelineConfig, RunConfig
@@ -32,11 +31,11 @@ def process_sets(topology: Topology, cfg: RunConfig) -> list[Sequence[int]]:
         starts = topology.first_ranks_of_hosts
         sets += [*(range(start, start + topology.local_size) for start in starts), starts]
     if topology.num_stages > 1:
-        sets += [*topology.groups, *topology.linked()]
+        sets += topology.groups
         if isinstance(cfg.model, LMConfig) and cfg.model.tied:
             sets.append(topology.ranks_with_tied_weights((0, topology.num_stages - 1)))
     if topology.num_servers:
-        sets += [topology.servers, *itertools.product(topology.servers, topology.workers)]
+        sets.append(topology.servers)
     distinct = {tuple(ranks): ranks for ranks in sets}
     least = 1 if isinstance(cfg.compression, LossyConfig) else 2  # a compressor also runs on a single rank
     return [ranks for ranks in distinct.values() if least <= len(ranks) < topology.world_size]

@@ -8,15 +8,19 @@ from collections.abc import Sequence
 from common.distributed.topology import Topology
 
 # In milliseconds. With the event-driven edits this is the longest time that Horovod's loop sleeps while nothing is
-# posted; longer is better (measurements: docs/horovod-build.md). With process sets it must be short: the loop serves
-# all process sets in turn, so a rank that takes no part in an exchange would delay it by this time.
-CYCLE_TIME, CYCLE_TIME_WITH_PROCESS_SETS = "20", "1"
+# posted; longer is better (measurements: docs/horovod-build.md). The loop serves all process sets in turn. The ranks of
+# a host wake each other for that, but a rank of another host that sleeps delays an exchange in which it takes no part.
+CYCLE_TIME, CYCLE_TIME_IF_OTHERS_SLEEP = "20", "1"
 
 
 def set_cycle_time(has_process_sets: bool) -> None:
     """Sets a default for HOROVOD_CYCLE_TIME that suits the event-driven loop; must be called before Horovod starts."""
-    if os.environ.get("HOROVOD_EVENT_DRIVEN", "1") == "1":  # Horovod reads other words as 0
-        os.environ.setdefault("HOROVOD_CYCLE_TIME", CYCLE_TIME_WITH_PROCESS_SETS if has_process_sets else CYCLE_TIME)
+    if os.environ.get("HOROVOD_EVENT_DRIVEN", "1") != "1":  # Horovod reads other words as 0
+        return
+    topology = launched_topology()
+    wakes_all = topology.local_size == topology.world_size and os.environ.get("HOROVOD_SHM") != "0"
+    cycle_time = CYCLE_TIME_IF_OTHERS_SLEEP if has_process_sets and not wakes_all else CYCLE_TIME
+    os.environ.setdefault("HOROVOD_CYCLE_TIME", cycle_time)
 
 
 def num_cores() -> int:

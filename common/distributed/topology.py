@@ -4,7 +4,6 @@ The global batch is cut into lcm(replicas_per_stage) batch slices of equal size 
 replica of a stage works on equally many slices. With one stage, each worker has one slice.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -207,19 +206,6 @@ class Topology:
     def first_ranks_of_hosts(self) -> range:
         """The first rank of each host, if all hosts have as many ranks as this one."""
         return range(0, self.world_size, self.local_size)
-
-    def linked(self) -> list[tuple[int, int]]:
-        """The pairs of ranks that exchange activations, the lower rank first."""
-        neighbours = [*itertools.pairwise(range(self.num_stages)), (0, self.num_stages - 1)]
-        rank_of = self._layout.rank_of
-        return sorted(
-            {
-                (rank_of(stage, batch_slice), rank_of(other, batch_slice))
-                for stage, other in neighbours
-                if other > stage
-                for batch_slice in range(self.num_replicas)
-            }
-        )
 
     def ranks_with_tied_weights(self, stages: Sequence[int]) -> list[int]:
         """The ranks of the given stages, which share a weight."""

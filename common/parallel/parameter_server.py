@@ -46,10 +46,7 @@ class Binding(Protocol):
         """Waits for the next push; returns its worker, its scalars, and its gradients (P,)."""
 
     def send(self, worker: int, reply: WeightReply) -> int:
-        """Starts sending a reply with the current weights; returns its number of bytes."""
-
-    def flush(self) -> None:
-        """Waits until all replies are sent."""
+        """Sends a reply with the current weights; returns its number of bytes."""
 
     def update_at_once(self, gradient: Any, lr: float) -> None:
         """Updates the weights with the gradients (P,) of one worker."""
@@ -177,7 +174,6 @@ class ServerLoop:
                 if self._told_of_failure is not None:
                     self._told_of_failure.add(worker)
         if self._told_of_failure == set(self._topology.workers):
-            self._binding.flush()
             raise TrainingError(NOT_FINITE)
 
     def _agreed_stop(self, step: int) -> float:

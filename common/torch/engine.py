@@ -96,7 +96,6 @@ class Engine:
                 self.gradients.prepare_for_backward(executor.loss, preemption.requested(), fraction)
             executor.run(action)
         self.stage.add_times(time.perf_counter() - start, executor.waited_seconds)
-        executor.finish()
 
     @torch.no_grad()
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,7 +109,6 @@ class Engine:
         executor = ScheduleExecutor(stage, schedule, inputs, targets)
         for action in schedule.forward_actions():
             executor.run(action)
-        executor.finish()
         if not executor.outputs:
             return torch.zeros((0, *stage.shapes[-1]), dtype=stage.dtype, device=inputs.device), targets[:0]
         return torch.cat(executor.outputs), targets

@@ -5,6 +5,7 @@ horovodrun -np N python -m tests.helpers.horovod_job torch|tf PART [PART ...]
 
 import importlib
 import os
+import signal
 import sys
 import time
 from typing import Any
@@ -97,6 +98,107 @@ def sizes_and_dtypes(hvd: Any, tensor: Any) -> None:
     lengths = [len(values[0]) // size + (other < len(values[0]) % size) for other in range(size)]
     bounds = [0, *np.cumsum(lengths).tolist()]
     np.testing.assert_allclose(part, np.sum(values, axis=0)[bounds[rank] : bounds[rank + 1]], rtol=1e-6)
+
+
+def memory(hvd: Any, tensor: Any) -> None:
+    """Tensors of which all, some or none lie in memory that the ranks share are summed alike; only PyTorch."""
+    torch, rank, size = importlib.import_module("torch"), hvd.rank(), hvd.size()
+    for count in (7, 100_000, 3_000_001):
+        of_ranks = [np.random.default_rng((other, count)).random(count, np.float32) for other in range(size)]
+        expected = of_ranks[0].copy()
+        for other in of_ranks[1:]:
+            expected += other
+        for shared_ranks in ((), (0,), tuple(range(size))):
+            block = hvd.shared_memory(4 * count)
+            is_shared = rank in shared_ranks and block is not None
+            values = torch.from_numpy(block).view(torch.float32) if is_shared else torch.empty(count)
+            values[:] = torch.from_numpy(of_ranks[rank])
+            for target in (
+                hvd.allreduce(values, op=hvd.Sum, name="out"),
+                hvd.allreduce_(values, op=hvd.Sum, name="in"),
+            ):
+                np.testing.assert_allclose(target.numpy(), expected, rtol=3e-7)
+                alike = hvd.allgather(target[None], name="alike")
+                assert (alike == target).all()
+    freed = hvd.shared_memory(1 << 20)
+    if freed is not None:
+        freed[:] = 1
+        del freed, block, values
+        assert not hvd.shared_memory(3 << 20).any()
+
+
+def messages(hvd: Any, tensor: Any) -> None:
+    """Messages arrive whole, by their names, in the order of sending, whatever the receiver waits for first."""
+    rank, size = hvd.rank(), hvd.size()
+    after, before = (rank + 1) % size, (rank - 1) % size
+    for count in (0, 1, 1000, 3_000_001):
+        for number in range(3):
+            hvd.send(np.full(count, 10 * rank + number, np.int32), after, "the same name")
+        hvd.send(np.array([rank]), after, "another name")
+        another = np.zeros(1, int)
+        hvd.wait_any([hvd.receive(another, before, "another name")])
+        assert another == before
+        for number in range(3):
+            received = np.zeros(count, np.int32)
+            hvd.wait_any([hvd.receive(received, before, "the same name")])
+            assert (received == 10 * before + number).all()
+    # More than a queue holds, before anyone receives.
+    for number in range(600):
+        hvd.send(np.array([number]), after, f"{number}")
+    arrived = [np.zeros(1, int) for _ in range(600)]
+    expected = {hvd.receive(each, before, f"{number}"): number for number, each in enumerate(arrived)}
+    while expected:
+        handles = list(expected)
+        number = expected.pop(handles[hvd.wait_any(handles)])
+        assert arrived[number] == number
+    exceptions = importlib.import_module("horovod.common.exceptions")
+    for mistake in (rank, size, -1):
+        try:
+            hvd.send(np.zeros(1), mistake, "nobody")
+        except exceptions.HorovodInternalError as error:
+            assert f"not rank {mistake}" in str(error)
+        else:
+            raise AssertionError(f"rank {rank} sent to rank {mistake}")
+    hvd.allreduce(tensor([1.0]), name="all have received")
+
+
+def rank_one_ends(hvd: Any, tensor: Any) -> None:
+    """Rank 1 sends a message and is killed; the message arrives, and who waits for the next one is told."""
+    if hvd.rank() == 1:
+        hvd.send(np.ones(1), 0, "last words")
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from the launcher, which sees that rank 1 has ended
+    last = np.zeros(1)
+    hvd.wait_any([hvd.receive(last, 1, "last words")])
+    assert last == 1
+    hvd.wait_any([hvd.receive(last, 1, "more")])
+
+
+def rank_one_is_silent(hvd: Any, tensor: Any) -> None:
+    """Rank 0 waits for a message longer than the stall check allows."""
+    if hvd.rank() == 0:
+        hvd.wait_any([hvd.receive(np.zeros(1), 1, "a word")])
+    time.sleep(10)
+
+
+def cached(hvd: Any, tensor: Any) -> None:
+    """Broadcasts of one name whose root, shape or dtype changes; a rank that has joined takes part in none."""
+    rank, size = hvd.rank(), hvd.size()
+    for step in range(12):
+        root, shape, dtype = step // 2 % size, (1 + step // 4, 2), (np.float32, np.float64)[step // 6]
+        received = hvd.broadcast(tensor(np.full(shape, 10 * rank + step, dtype)), root, name="cached")
+        np.testing.assert_array_equal(received.numpy(), np.full(shape, 10 * root + step, dtype))
+    if rank == 0:
+        hvd.join()
+        return
+    for _ in range(2):
+        try:
+            hvd.broadcast(tensor(np.zeros((3, 2))), 1, name="cached")
+        except importlib.import_module("horovod.common.exceptions").HorovodInternalError as error:
+            assert "Join" in str(error)
+        else:
+            raise AssertionError("a rank that has joined took part in a broadcast")
+    hvd.join()
 
 
 def many_in_flight(hvd: Any, tensor: Any) -> None:

@@ -10,19 +10,30 @@ from tests.helpers.launch import FRAMEWORKS, horovodrun, run
 
 import pytest
 
-TORCH = ("torch", "collectives", "process_sets", "many_in_flight", "join", "sizes_and_dtypes")
-TF = ("tf", "collectives", "process_sets", "broadcast_in_place", "sizes_and_dtypes")
+TORCH = ("torch", "collectives", "process_sets", "messages", "many_in_flight", "join", "sizes_and_dtypes", "memory")
+TORCH += ("cached",)
+TF = ("tf", "collectives", "process_sets", "messages", "broadcast_in_place", "sizes_and_dtypes")
 
 
 needs_torch = pytest.mark.skipif("torch" not in FRAMEWORKS, reason="torch is not installed")
 
 
 @pytest.mark.parametrize(
-    ("job", "num_ranks", "switch"),
-    [(TORCH, 2, ""), (TORCH, 3, ""), (TF, 2, ""), (TF, 4, ""), (TORCH, 2, "EVENT_DRIVEN"), (TORCH, 4, "SHM")],
-    ids=["torch-2", "torch-3", "tf-2", "tf-4", "torch-2-fixed-cycle", "torch-4-sockets"],
+    ("job", "num_ranks", "switch", "hosts"),
+    [
+        (TORCH, 2, "", ""),
+        (TORCH, 3, "", ""),
+        (TF, 2, "", ""),
+        (TF, 4, "", ""),
+        (TORCH, 2, "EVENT_DRIVEN", ""),
+        (TORCH, 4, "SHM", ""),
+        # Two names for this host count as two hosts.
+        (TORCH, 4, "", "localhost:2,127.0.0.1:2"),
+        (TF, 3, "", "localhost:1,127.0.0.1:2"),
+    ],
+    ids=["torch-2", "torch-3", "tf-2", "tf-4", "torch-2-fixed-cycle", "torch-4-sockets", "torch-2+2", "tf-1+2"],
 )
-def test_collectives_keep_their_promises(job: tuple[str, ...], num_ranks: int, switch: str) -> None:
+def test_collectives_keep_their_promises(job: tuple[str, ...], num_ranks: int, switch: str, hosts: str) -> None:
     if job[0] not in FRAMEWORKS:
         pytest.skip(f"{job[0]} is not installed")
     env = {
@@ -30,7 +41,8 @@ def test_collectives_keep_their_promises(job: tuple[str, ...], num_ranks: int, s
         "HOROVOD_DYNAMIC_PROCESS_SETS": "1",
         **({f"HOROVOD_{switch}": "0"} if switch else {}),
     }
-    result = horovodrun(num_ranks, "-m", "tests.helpers.horovod_job", *job, env=env)
+    options = ("-H", hosts) if hosts else ()
+    result = horovodrun(num_ranks, "-m", "tests.helpers.horovod_job", *job, env=env, options=options)
     assert result.stdout.count("all as promised") == num_ranks, result.stdout
 
 
@@ -50,6 +62,21 @@ def test_the_stall_check_names_the_missing_rank_and_ends_the_job() -> None:
     assert result.returncode != 0
     assert re.search(r"Missing ranks:\s+(\[0\]<stderr>:)?1: \[allreduce.rank 1 is late\]", result.stdout), result.stdout
     assert "Will shutdown" in result.stdout
+
+
+@needs_torch
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("rank_one_ends", "Connection closed by rank 1: its process has ended"),
+        ("rank_one_is_silent", "Waiting for 3 s for message a word from rank 1"),
+    ],
+)
+def test_who_waits_for_a_message_in_vain_is_told(part: str, said: str) -> None:
+    limits = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "1", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "3"}
+    result = horovodrun(2, "-m", "tests.helpers.horovod_job", "torch", part, env=limits)
+    assert result.returncode != 0
+    assert f"HorovodInternalError: {said}" in result.stdout, result.stdout
 
 
 def test_a_scope_of_the_rendezvous_is_cleared_by_its_own_ranks() -> None:

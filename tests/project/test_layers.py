@@ -18,7 +18,6 @@ ONE_BINDING = {
     "torch/data/loop.py": "a plain loop is PyTorch's; Keras has fit",
     "torch/gradients/bucket_exchange.py": "hooks of backward; a graph's order of data does it in TensorFlow",
     "torch/parallel/split_backward.py": "a tape makes both gradients at once",
-    "tf/distributed/transfers.py": "Horovod's TensorFlow operations wait for each other, so that threads post them",
     "tf/fit.py": "PyTorch has no fit",
 }
 

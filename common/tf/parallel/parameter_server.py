@@ -9,7 +9,6 @@ https://www.usenix.org/system/files/conference/osdi14/osdi14-paper-li_mu.pdf
 
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 from common.config.schema import LossyConfig, ParallelConfig, ParameterServerConfig
@@ -19,7 +18,8 @@ from common.gradients.compression import compressor_class, local_clip_norm
 from common.gradients.gradient_sync import CountedSync, SyncOptions
 from common.gradients.step_metrics import StepMetrics
 from common.parallel.parameter_server import NOT_FINITE, GradientPush, ServerLoop, WeightReply, is_synchronous
-from common.tf.distributed import runtime
+from common.tf.distributed import messages, runtime
+from common.tf.distributed.messages import Incoming
 from common.tf.distributed.runtime import Optimizer
 from common.tf.gradients import norms, optimizers
 from common.tf.gradients.allreduce import AllreduceSync
@@ -56,7 +56,7 @@ class ServedSync(CountedSync):
     ) -> None:
         self.options, self._stage, self._topology, self._optimizer = options, stage, stage.topology, optimizer
         self._is_synchronous = is_synchronous(parallel)
-        self._weights, self._transfers = optimizer.flat, stage.transfers
+        self._weights = optimizer.flat
         self._scaler = LossScaler(options, self._weights.dtype)
         zeros = tf.zeros((self._weights.num_rows, self._weights.size), self._weights.dtype)
         self.buckets = [Bucket(options.compression.name, (), self._weights.size) for _ in self._topology.servers]
@@ -119,9 +119,13 @@ class WorkerSync(ServedSync):
     def synchronize(self) -> StepMetrics:
         """Pushes the gradients, and waits until all servers have sent new weights, which the optimizer's step takes."""
         loss_scale, is_coded = float(self._scaler.variable[1]), self._code.is_on(self._num_steps)
-        messages, errors = self._make_pushes(self.gradients, self._loss, self._stop, is_coded)
+        pushes, errors = self._make_pushes(self.gradients, self._loss, self._stop, is_coded)
         self.gradients = []
-        replies = [_unpacked(WeightReply, message) for message in self._exchanged(messages)]
+        self._push(pushes)
+        num_bytes = _size(WeightReply, self._weights.size * self._weights.dtype.size)
+        reply = tf.TensorSpec(num_bytes, tf.uint8)
+        incoming = [messages.receive("reply", reply, server) for server in self._topology.servers]
+        replies = [_unpacked(WeightReply, message.wait()) for message in incoming]
         first = replies[0][0]
         if not self._is_synchronous and not math.isfinite(first.loss):
             raise TrainingError(NOT_FINITE)
@@ -134,7 +138,7 @@ class WorkerSync(ServedSync):
             first.stop,
             0.0,
             first.overflow,
-            wire_bytes=[len(message) for message in messages],
+            wire_bytes=[len(message) for message in pushes],
             loss_scale=loss_scale,
             skipped_steps=self._scaler.counters.skipped_steps,
         )
@@ -143,14 +147,13 @@ class WorkerSync(ServedSync):
         """Copies the newest weights from the servers to all ranks."""
         if not self._is_synchronous:
             nothing = _packed(GradientPush(at_barrier=1), tf.zeros(self._code.num_bytes(self._num_steps), tf.uint8))
-            for message in self._send_to_servers([nothing for _ in self._topology.servers]):
-                message.result()
+            self._push([nothing for _ in self._topology.servers])
         super().sync_weights()
 
-    def _send_to_servers(self, messages: Sequence[tf.Tensor]) -> "list[Future[tf.Tensor]]":
-        """Starts sending one message to each server."""
-        name = f"push.{{}}.{self._topology.rank}"
-        return [self._transfers.send(name.format(server), message, server) for server, message in enumerate(messages)]
+    def _push(self, pushes: Sequence[tf.Tensor]) -> None:
+        """Sends one message to each server."""
+        for server, push in enumerate(pushes):
+            messages.send("push", push, server)
 
     def _pushes(
         self, gradients: Sequence[tf.Tensor], loss: tf.Tensor, stop: tf.Tensor, is_coded: bool
@@ -169,14 +172,6 @@ class WorkerSync(ServedSync):
         push = GradientPush(loss, stop, overflow, self._optimizer.learning_rate)
         return [_packed(push, code) for code in tf.unstack(codes)], errors
 
-    def _exchanged(self, messages: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Sends one message to each server; returns their replies."""
-        me, row = self._topology.rank, tf.zeros((1, self._weights.size), self._weights.dtype)
-        like = _packed(WeightReply(0, 0, 0), as_bytes(row)[0])
-        pushes = self._send_to_servers(messages)
-        replies = [self._transfers.receive(f"reply.{server}.{me}", like, server) for server in self._topology.servers]
-        return [message.result() for message in pushes + replies][len(pushes) :]
-
 
 class ServerSync(ServedSync):
     """The GradientSync of a server: updates one partition of the weights; takes no part in forward and backward."""
@@ -189,10 +184,8 @@ class ServerSync(ServedSync):
             raise ValueError(f"rank {stage.topology.rank} holds no partition of the weights")
         self._partition = optimizer.partition
         self._update, self._decode = tf.function(self._partition.step), tf.function(self._code.decode)
-        self._me = self._topology.rank
         self._loop = ServerLoop(optimizer.cfg, parallel, self._topology, self)
-        self._expected: dict[int, Future[tf.Tensor]] = {}  # by worker, the push that is being received
-        self._leaving: list[Future[tf.Tensor]] = []
+        self._expected: dict[int, Incoming] = {}  # by worker, the push that is being received
 
     def synchronize(self) -> StepMetrics:
         """Handles pushes until the gradients of all workers for the next step have arrived and were used."""
@@ -206,31 +199,22 @@ class ServerSync(ServedSync):
         """Waits for the next push; returns its worker, its scalars, and its gradients (P,)."""
         for worker in self._loop.pushing:
             if worker not in self._expected:
-                like = _packed(GradientPush(), tf.zeros(self._code.num_bytes(self._step_of(worker)), tf.uint8))
-                self._expected[worker] = self._transfers.receive(f"push.{self._me}.{worker}", like, worker)
-        wait(self._expected.values(), return_when=FIRST_COMPLETED)
-        worker = next(worker for worker, push in self._expected.items() if push.done())
-        push, content = _unpacked(GradientPush, self._expected.pop(worker).result())
+                num_bytes = _size(GradientPush, self._code.num_bytes(self._step_of(worker)))
+                self._expected[worker] = messages.receive("push", tf.TensorSpec(num_bytes, tf.uint8), worker)
+        worker = list(self._expected)[messages.wait_any(list(self._expected.values()))]
+        push, content = _unpacked(GradientPush, self._expected.pop(worker).values)
         return worker, push, self._decode(content[None], self._code.is_on(self._step_of(worker)))[0]
 
     def send(self, worker: int, reply: WeightReply) -> int:
-        """Starts sending a reply with the current weights; returns its number of bytes."""
-        for left in [message for message in self._leaving if message.done()]:
-            left.result()
-            self._leaving.remove(left)
+        """Sends a reply with the current weights; returns its number of bytes."""
         message = _packed(reply, as_bytes(self._partition.values[None])[0])
-        self._leaving.append(self._transfers.send(f"reply.{self._me}.{worker}", message, worker))
+        messages.send("reply", message, worker)
         return len(message)
 
     def sync_weights(self) -> None:
         """Copies the newest weights from the servers to all ranks."""
         self._loop.wait_for_pause()
         super().sync_weights()
-
-    def flush(self) -> None:
-        """Waits until all replies are sent."""
-        for message in self._leaving:
-            message.result()
 
     def update_at_once(self, gradient: tf.Tensor, lr: float) -> None:
         """Updates the weights with the gradients (P,) of one worker."""
@@ -322,6 +306,10 @@ class _PartitionCode:
     def num_bytes(self, step: int) -> int:
         """Number of bytes of a partition in a step."""
         return self._num_bytes[self.is_on(step)]
+
+
+def _size(form: type[GradientPush] | type[WeightReply], num_bytes: int) -> int:
+    return 8 * len(form._fields) + num_bytes
 
 
 def _packed(values: GradientPush | WeightReply, content: tf.Tensor) -> tf.Tensor:

@@ -7,14 +7,14 @@ between them.
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from functools import cache, partial
 from typing import NamedTuple
 
 from common.parallel.pipeline_schedule import Action, Kind
 from common.parallel.rank_schedule import RankSchedule
-from common.tf.distributed import runtime
+from common.tf.distributed import messages
+from common.tf.distributed.messages import Incoming
 from common.tf.parallel.stage import Stage
 
 import tensorflow as tf
@@ -118,22 +118,15 @@ class ScheduleExecutor:
         self._saved: dict[tuple[int, int], _Pass] = {}
         self._input_gradients: dict[tuple[int, int], tf.Tensor] = {}
         self._weight_gradients: dict[tuple[int, int], list[tf.Tensor]] = {}
-        self._arriving: dict[Action, Future[tf.Tensor]] = {}
-        self._leaving: list[Future[tf.Tensor]] = []
+        self._arriving: dict[Action, Incoming] = {}
 
     def run(self, actions: Sequence[Action]) -> None:
         """Executes all actions; skips micro-batches without examples."""
         start = time.perf_counter()
-        try:
-            for action in actions:
-                examples = self._micro_batches[action.micro_batch]
-                if examples.start < examples.stop:
-                    getattr(self, f"_{action.kind}")(action)
-            for message in self._leaving:
-                self._wait(message)
-        except BaseException:
-            runtime.shutdown()  # threads that wait for other ranks would keep this process from exiting
-            raise
+        for action in actions:
+            examples = self._micro_batches[action.micro_batch]
+            if examples.start < examples.stop:
+                getattr(self, f"_{action.kind}")(action)
         self.seconds = time.perf_counter() - start
 
     def _forward(self, action: Action) -> None:
@@ -189,22 +182,18 @@ class ScheduleExecutor:
         self._receive(action, self._stage.shapes[action.chunk])
 
     def _send(self, action: Action, values: tf.Tensor) -> None:
-        message = self._stage.transfers.send(self._name(action), values, self._rank_schedule.peer(action))
-        self._leaving.append(message)
+        messages.send(self._name(action), values, self._rank_schedule.peer(action))
 
     def _receive(self, action: Action, shape: tuple[int, ...]) -> None:
         examples = self._micro_batches[action.micro_batch]
-        like = tf.zeros((examples.stop - examples.start, *shape), self._stage.dtype)
-        name, peer = self._name(action.other_end), self._rank_schedule.peer(action)
-        self._arriving[action] = self._stage.transfers.receive(name, like, peer)
+        like = tf.TensorSpec((examples.stop - examples.start, *shape), self._stage.dtype)
+        peer = self._rank_schedule.peer(action)
+        self._arriving[action] = messages.receive(self._name(action.other_end), like, peer)
 
     def _received(self, action: Action, kind: Kind) -> tf.Tensor:
         """Waits for the message that was posted for a computation."""
-        return self._wait(self._arriving.pop(replace(action, kind=kind)))
-
-    def _wait(self, message: Future[tf.Tensor]) -> tf.Tensor:
         start = time.perf_counter()
-        values = message.result()
+        values = self._arriving.pop(replace(action, kind=kind)).wait()
         self.waited_seconds += time.perf_counter() - start
         return values
 

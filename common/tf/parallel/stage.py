@@ -12,7 +12,6 @@ from common.distributed.topology import Topology
 from common.parallel import model_parts
 from common.parallel.rank_schedule import RankSchedule
 from common.tf.distributed import runtime
-from common.tf.distributed.transfers import Transfers
 from common.tf.models.mixed_precision import build_model
 
 import keras
@@ -40,7 +39,6 @@ class Stage:
         tied: for each variable that is shared with other stages: its number, and all ranks that have it.
         rank_schedule: this rank's pipeline schedule.
         topology: the place of this rank.
-        transfers: sends and receives messages of ranks with other stages.
     """
 
     def __init__(
@@ -73,7 +71,6 @@ class Stage:
             for number, variable in enumerate(self.trainable_variables)
             if len(holders[id(variable)]) > 1
         ]
-        self.transfers = Transfers(topology.rank)
         self._compiled: dict[Hashable, Any] = {}
         self._times = [0.0, 0.0]
 

@@ -106,6 +106,15 @@ def to_tensor(array: np.ndarray, cfg: PrecisionConfig, where: torch.device) -> T
     return tensor.to(where, dtype(cfg) if tensor.is_floating_point() else tensor.dtype)
 
 
+def shared_zeros(num_values: int, like: Tensor) -> Tensor:
+    """Zeros (num_values,) like a tensor, in memory that the ranks of this host share if it is on the CPU.
+
+    An allreduce of such a tensor copies nothing: each rank sums a part of all ranks' values where they are.
+    """
+    shared = hvd.shared_memory(num_values * like.element_size()) if like.device.type == "cpu" else None
+    return like.new_zeros(num_values) if shared is None else torch.from_numpy(shared).view(like.dtype)
+
+
 def to_tensors(arrays: Iterable[np.ndarray], cfg: PrecisionConfig, where: torch.device) -> list[Tensor]:
     """The arrays as tensors on the device, floating-point ones in the run's dtype."""
     return [to_tensor(array, cfg, where) for array in arrays]
@@ -231,14 +240,6 @@ def _alltoall(contents: Sequence[bytes]) -> list[bytes]:
     values = torch.frombuffer(bytearray(b"".join(contents) or b" "), dtype=torch.uint8)[: int(sizes.sum())]
     received, splits = hvd.alltoall(values, splits=sizes, name="exchange_arrays")
     return [part.numpy().tobytes() for part in received.split(splits.tolist())]
-
-
-def under_way(messages: Sequence[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
-    """The messages, as pairs of handle and tensor, that are still being sent; releases the finished ones."""
-    left = [handle for handle, _ in messages if hvd.poll(handle)]
-    for handle in left:
-        hvd.synchronize(handle)
-    return [message for message in messages if message[0] not in left]
 
 
 def assert_weights_in_sync(model: nn.Module, groups: Sequence[Sequence[int]] | None = None) -> str:

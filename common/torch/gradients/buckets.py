@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from common.gradients.bucketing import Bucket
 from common.gradients.step_metrics import NUM_SCALARS
+from common.torch.distributed import runtime
 
 from torch import Tensor, nn
 
@@ -37,7 +38,7 @@ class BucketBuffers:
             members = [parameters[index] for index in bucket.members]
             lengths = [member.numel() for member in members]
             extra = [NUM_SCALARS, len(parameters)] if number == len(buckets) - 1 else [0, 0]
-            message = parameters[0].new_zeros(sum(lengths) + sum(extra), requires_grad=False)
+            message = runtime.shared_zeros(sum(lengths) + sum(extra), parameters[0].detach())
             flat, self.scalars, self._num_holders = message.split([sum(lengths), *extra])
             views |= dict(zip(bucket.members, flat.split(lengths), strict=True))
             self.bucket_of |= dict.fromkeys(bucket.members, number)

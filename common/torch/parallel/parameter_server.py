@@ -8,7 +8,6 @@ https://www.usenix.org/system/files/conference/osdi14/osdi14-paper-li_mu.pdf
 """
 
 import math
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,8 @@ from common.gradients.compression import compressor_class, local_clip_norm
 from common.gradients.gradient_sync import CountedSync, SyncOptions
 from common.gradients.step_metrics import StepMetrics
 from common.parallel.parameter_server import NOT_FINITE, GradientPush, ServerLoop, WeightReply, is_synchronous
-from common.torch.distributed import runtime
+from common.torch.distributed import messages, runtime
+from common.torch.distributed.messages import Incoming
 from common.torch.distributed.runtime import Optimizer
 from common.torch.gradients import norms, optimizers
 from common.torch.gradients.allreduce import AllreduceSync
@@ -32,8 +32,6 @@ from common.training import preemption
 import horovod.torch as hvd
 import torch
 from torch import Tensor
-
-SECONDS_BETWEEN_LOOKS = 0.0002
 
 
 class ServedSync(CountedSync):
@@ -88,12 +86,6 @@ class ServedSync(CountedSync):
         views = self._optimizer.flat.views(self._residual)
         return {"residual": {index: views[name] for index, name in enumerate(self._names)}}
 
-    def _transfer(self, what: str, server: int, worker: int, root: int, message: Tensor) -> int:
-        """Starts a transfer of bytes between a server and a worker."""
-        process_set = runtime.process_set((server, worker))
-        handle: int = hvd.broadcast_async_(message, root, name=f"{what}.{server}.{worker}", process_set=process_set)
-        return handle
-
 
 class WorkerSync(ServedSync):
     """The GradientSync of a worker: pushes gradients to the servers, and gets the new weights from them."""
@@ -113,14 +105,12 @@ class WorkerSync(ServedSync):
         if self._local_clip_norm:
             norms.clip(gradients, self._local_clip_norm, norms.norm(gradients))
         push = GradientPush(self._loss, self._stop, overflow, self._optimizer.param_groups[0]["lr"])
-        me, servers = self._topology.rank, self._topology.servers
-        messages = [_packed(push, self._encoded(row)) for row in servers]
-        incoming = [torch.empty(_size(WeightReply, row.nbytes), dtype=torch.uint8) for row in self._rows]
-        handles = self._send_to_servers(messages)
-        handles += [self._transfer("reply", server, me, server, incoming[server]) for server in servers]
-        for handle in handles:
-            hvd.synchronize(handle)
-        replies = [_unpacked(WeightReply, message) for message in incoming]
+        servers = self._topology.servers
+        pushes = [_packed(push, self._encoded(server)) for server in servers]
+        self._push(pushes)
+        reply = torch.empty(_size(WeightReply, self._rows[0].nbytes), dtype=torch.uint8)
+        incoming = [messages.receive("reply", reply, server) for server in servers]
+        replies = [_unpacked(WeightReply, message.wait()) for message in incoming]
         first = replies[0][0]
         if not self._is_synchronous and not math.isfinite(first.loss):
             raise TrainingError(NOT_FINITE)
@@ -134,7 +124,7 @@ class WorkerSync(ServedSync):
             first.stop,
             0.0,
             first.overflow,
-            wire_bytes=[len(message) for message in messages],
+            wire_bytes=[len(message) for message in pushes],
             loss_scale=loss_scale,
             skipped_steps=self._scaler.counters.skipped_steps,
         )
@@ -143,16 +133,13 @@ class WorkerSync(ServedSync):
         """Copies the newest weights from the servers to all ranks."""
         if not self._is_synchronous:
             nothing = torch.zeros(self._code.num_bytes(self._scaler.num_steps), dtype=torch.uint8)
-            for handle in self._send_to_servers(
-                [_packed(GradientPush(at_barrier=1), nothing) for _ in self._topology.servers]
-            ):
-                hvd.synchronize(handle)
+            self._push([_packed(GradientPush(at_barrier=1), nothing) for _ in self._topology.servers])
         super().sync_weights()
 
-    def _send_to_servers(self, messages: Sequence[Tensor]) -> list[int]:
-        """Starts sending one message to each server."""
-        me = self._topology.rank
-        return [self._transfer("push", server, me, me, message) for server, message in enumerate(messages)]
+    def _push(self, pushes: Sequence[Tensor]) -> None:
+        """Sends one message to each server."""
+        for server, push in enumerate(pushes):
+            messages.send("push", push, server)
 
     def _encoded(self, server: int) -> Tensor:
         """The bytes of the gradients for a server's partition; the compression error is kept for the next step."""
@@ -175,10 +162,9 @@ class ServerSync(ServedSync):
         if optimizer.partition is None:
             raise ValueError(f"rank {stage.topology.rank} holds no partition of the weights")
         self._partition = optimizer.partition
-        self._me, self._row = self._topology.rank, self._rows[self._topology.rank]
+        self._row = self._rows[self._topology.rank]
         self._loop = ServerLoop(optimizer.cfg, parallel, self._topology, self)
-        self._expected: dict[int, tuple[int, Tensor]] = {}  # by worker, the push that is being received
-        self._leaving: list[tuple[int, Tensor]] = []
+        self._expected: dict[int, Incoming] = {}  # by worker, the push that is being received
 
     def synchronize(self) -> StepMetrics:
         """Handles pushes until the gradients of all workers for the next step have arrived and were used."""
@@ -190,35 +176,23 @@ class ServerSync(ServedSync):
         """Waits for the next push; returns its worker, its scalars, and its gradients (P,)."""
         for worker in self._loop.pushing:
             if worker not in self._expected:
-                message = torch.empty(
-                    _size(GradientPush, self._code.num_bytes(self._step_of(worker))), dtype=torch.uint8
-                )
-                self._expected[worker] = self._transfer("push", self._me, worker, worker, message), message
-        while True:
-            for worker, (handle, message) in self._expected.items():
-                if hvd.poll(handle):
-                    hvd.synchronize(handle)
-                    del self._expected[worker]
-                    push, content = _unpacked(GradientPush, message)
-                    return worker, push, self._code.decode(content, self._step_of(worker))
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+                num_bytes = _size(GradientPush, self._code.num_bytes(self._step_of(worker)))
+                like = torch.empty(num_bytes, dtype=torch.uint8)
+                self._expected[worker] = messages.receive("push", like, worker)
+        worker = list(self._expected)[messages.wait_any(list(self._expected.values()))]
+        push, content = _unpacked(GradientPush, self._expected.pop(worker).values)
+        return worker, push, self._code.decode(content, self._step_of(worker))
 
     def send(self, worker: int, reply: WeightReply) -> int:
-        """Starts sending a reply with the current weights; returns its number of bytes."""
-        self._leaving = runtime.under_way(self._leaving)
+        """Sends a reply with the current weights; returns its number of bytes."""
         message = _packed(reply, self._row.view(torch.uint8))
-        self._leaving.append((self._transfer("reply", self._me, worker, self._me, message), message))
+        messages.send("reply", message, worker)
         return len(message)
 
     def sync_weights(self) -> None:
         """Copies the newest weights from the servers to all ranks."""
         self._loop.wait_for_pause()
         super().sync_weights()
-
-    def flush(self) -> None:
-        """Waits until all replies are sent."""
-        for handle, _ in self._leaving:
-            hvd.synchronize(handle)
 
     def update_at_once(self, gradient: Tensor, lr: float) -> None:
         """Updates the weights with the gradients (P,) of one worker."""

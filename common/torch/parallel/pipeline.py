@@ -7,15 +7,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from common.parallel.pipeline_schedule import Action, Kind
 from common.parallel.rank_schedule import RankSchedule
-from common.torch.distributed import runtime
+from common.torch.distributed import messages
+from common.torch.distributed.messages import Incoming
 from common.torch.parallel.split_backward import Caught
 from common.torch.parallel.stage import Stage
 
-import horovod.torch as hvd
 import torch
 from torch import Tensor
 
@@ -58,19 +57,13 @@ class ScheduleExecutor:
         self._input_gradients: dict[tuple[int, int], Tensor] = {}
         self._caught: dict[tuple[int, int], list[Caught]] = {}
         self._for_weights: dict[tuple[int, int], Callable[[], None]] = {}
-        self._arriving: dict[Action, int] = {}
-        self._leaving: list[tuple[int, Tensor]] = []
+        self._arriving: dict[Action, Incoming] = {}
 
     def run(self, action: Action) -> None:
         """Executes one action of the schedule; skips micro-batches without examples."""
         examples = self._micro_batches[action.micro_batch]
         if examples.start < examples.stop:
             getattr(self, f"_{action.kind}")(action)
-
-    def finish(self) -> None:
-        """Waits until all messages are sent."""
-        for handle, _ in self._leaving:
-            hvd.synchronize(handle)
 
     def _forward(self, action: Action) -> None:
         examples = self._micro_batches[action.micro_batch]
@@ -131,26 +124,22 @@ class ScheduleExecutor:
         self._receive(action, self._stage.shapes[action.chunk])
 
     def _send(self, action: Action, values: Tensor) -> None:
-        self._leaving = runtime.under_way(self._leaving)
-        values = values.contiguous()
-        handle = hvd.broadcast_async_(values, self._rank_schedule.topology.rank, **self._message(action, action))
-        self._leaving.append((handle, values))
+        messages.send(self._name(action), values, self._rank_schedule.peer(action))
 
     def _receive(self, action: Action, shape: tuple[int, ...]) -> None:
         examples = self._micro_batches[action.micro_batch]
-        values = self._inputs.new_empty((examples.stop - examples.start, *shape), dtype=self._stage.dtype)
+        like = self._inputs.new_empty((examples.stop - examples.start, *shape), dtype=self._stage.dtype)
         peer = self._rank_schedule.peer(action)
-        self._arriving[action] = hvd.broadcast_async_(values, peer, **self._message(action, action.other_end))
+        self._arriving[action] = messages.receive(self._name(action.other_end), like, peer)
 
     def _received(self, action: Action, kind: Kind) -> Tensor:
         """Waits for the message that was posted for a computation."""
         start = time.perf_counter()
-        values: Tensor = hvd.synchronize(self._arriving.pop(replace(action, kind=kind)))
+        values = self._arriving.pop(replace(action, kind=kind)).wait()
         self.waited_seconds += time.perf_counter() - start
         return values
 
-    def _message(self, action: Action, sending: Action) -> dict[str, Any]:
-        """Options of a transfer: it is a broadcast in a set of two ranks, named after its send."""
-        pair = sorted((self._rank_schedule.topology.rank, self._rank_schedule.peer(action)))
+    def _name(self, sending: Action) -> str:
+        """The name of a message, made from its send."""
         phase = "train" if self._loss_function else "evaluate"
-        return {"name": f"{phase}.{sending}", "process_set": runtime.process_set(pair)}
+        return f"{phase}.{sending.kind}.{sending.chunk}.{sending.micro_batch}"
