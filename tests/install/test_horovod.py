@@ -10,9 +10,9 @@ from tests.helpers.launch import FRAMEWORKS, horovodrun, run
 
 import pytest
 
-TORCH = ("torch", "collectives", "process_sets", "messages", "many_in_flight", "join", "sizes_and_dtypes", "memory")
-TORCH += ("cached",)
-TF = ("tf", "collectives", "process_sets", "messages", "broadcast_in_place", "sizes_and_dtypes")
+COMMON = ("collectives", "process_sets", "messages", "sizes_and_dtypes")
+TORCH = ("torch", *COMMON, "many_in_flight", "join", "memory", "cached")
+TF = ("tf", *COMMON, "broadcast_in_place")
 
 
 needs_torch = pytest.mark.skipif("torch" not in FRAMEWORKS, reason="torch is not installed")
