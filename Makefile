@@ -7,8 +7,10 @@
 #   NP=2                             ranks of make train
 #   RECIPE=mnist_mlp_torch           what make train trains
 #   ARGS="key=value ..."             and how
+#   SECONDS=60                       of each run of make stress
+#   SOURCE=FOLDER                    a checkout of Horovod v0.28.1, for make upstream-tests
 SETUP_OPTIONS := FRAMEWORKS ACCELERATOR WITH_MPI TORCH_INDEX
-OPTIONS := $(SETUP_OPTIONS) PYTHON NP RECIPE ARGS
+OPTIONS := $(SETUP_OPTIONS) PYTHON NP RECIPE ARGS SECONDS SOURCE
 # These go on to the compiler and to Horovod's build.
 BUILD_VARIABLES := CXX CXXFLAGS HOROVOD_CUDA_HOME HOROVOD_NCCL_HOME
 
@@ -25,12 +27,13 @@ NO_PYTHON = PYTHON=$(PYTHON): no Python that runs; the setup needs Python 3.11 w
 NP ?= 2
 RECIPE ?= mnist_mlp_torch
 ARGS ?=
+SECONDS ?= 60
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: help setup train test lint bench clean
+.PHONY: help setup train test stress upstream-tests lint bench clean
 
 help: ## list the targets and the options
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
 	@sed -n 's/^#   /  /p' $(MAKEFILE_LIST)
 
 setup: ## make .venv and build Horovod into it; does nothing where that is done
@@ -42,6 +45,13 @@ train: setup ## set up and train: make train NP=2 RECIPE=mnist_mlp_torch ARGS="t
 
 test: setup ## set up and run all tests
 	$(IN_VENV) python -m pytest
+
+stress: setup ## all of Horovod's operations at once, on 2, 3 and 4 ranks, through memory and sockets
+	$(IN_VENV) STRESS_SECONDS=$(SECONDS) python -m pytest -k everything_at_once tests/install/test_horovod.py
+
+upstream-tests: setup ## Horovod's own tests from SOURCE; says which fail, and why that is expected
+	$(if $(SOURCE),,$(error SOURCE=: name the folder of a checkout of Horovod v0.28.1))
+	$(IN_VENV) python install/horovod/upstream_tests.py '$(SOURCE)'
 
 lint: setup ## ruff and mypy
 	$(IN_VENV) ruff check .

@@ -115,7 +115,8 @@ class Engine:
 
     def step(self, metrics: StepMetrics) -> None:
         """Updates the weights once, unless a loss or gradient of a rank is not finite."""
-        if not float(metrics.overflow):
+        # Unless it was checked, it is 0; to read it, the host would have to wait for a GPU.
+        if not (self.gradients.options.finds_nonfinite and float(metrics.overflow)):
             self.optimizer.step()
 
     def set_learning_rate(self, value: float) -> None:

@@ -1,5 +1,6 @@
 """The Horovod that `make setup` builds: its edits keep what the collectives promise."""
 
+import os
 import re
 import sys
 import urllib.error
@@ -44,6 +45,20 @@ def test_collectives_keep_their_promises(job: tuple[str, ...], num_ranks: int, s
     options = ("-H", hosts) if hosts else ()
     result = horovodrun(num_ranks, "-m", "tests.helpers.horovod_job", *job, env=env, options=options)
     assert result.stdout.count("all as promised") == num_ranks, result.stdout
+
+
+STRESS_SECONDS = os.environ.get("STRESS_SECONDS")  # of `make stress`
+
+
+@needs_torch
+@pytest.mark.parametrize("shm", ["1", "0"], ids=["memory", "sockets"])
+@pytest.mark.parametrize("num_ranks", [2, 3, 4] if STRESS_SECONDS else [3])
+def test_everything_at_once_gives_what_is_expected(num_ranks: int, shm: str) -> None:
+    env = {"HOROVOD_SHM": shm, "HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
+    seconds = STRESS_SECONDS or "3"
+    command = ("-m", "tests.helpers.stress_job", seconds)
+    result = horovodrun(num_ranks, *command, env=env, timeout=120 + 2 * float(seconds))
+    assert (result.returncode, result.stdout.count(" operations, ")) == (0, num_ranks), result.stdout
 
 
 @needs_torch

@@ -17,6 +17,8 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     """
     if not tensors:
         return torch.zeros(())
+    if tensors[0].is_cuda:  # a GPU adds in a tree, which is as accurate
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
     flat = [tensor.flatten() for tensor in tensors]
     in_parts = [values[: len(values) // PART * PART].view(-1, PART) for values in flat]
     rests = [values[parts.numel() :] for values, parts in zip(flat, in_parts, strict=True)]
@@ -30,5 +32,7 @@ def clip(gradients: list[Tensor], max_norm: float, whole: Tensor) -> None:
     Source: Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks", 2013,
     https://arxiv.org/abs/1211.5063 (algorithm 1)
     """
-    if whole > max_norm:
+    if whole.is_cuda:  # to ask whether it is larger, the host would have to wait for the GPU
+        torch._foreach_mul_(gradients, (max_norm / whole).clamp(max=1))
+    elif whole > max_norm:
         torch._foreach_mul_(gradients, max_norm / whole)

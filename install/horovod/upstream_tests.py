@@ -1,0 +1,103 @@
+"""Runs Horovod's own tests, from a checkout of v0.28.1, against the Horovod of this environment.
+
+The sdist has no tests, so the checkout is the user's: git clone --branch v0.28.1 https://github.com/horovod/horovod
+A test that fails without standing in EXPECTED, or stands there and does not fail, is an error.
+
+    python install/horovod/upstream_tests.py FOLDER [SUITE ...]
+"""
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+MUON = "Horovod wraps each optimizer of torch.optim, and torch's Muon takes only matrices"
+KERAS_2 = "the wrappers are for Keras 2"
+# Suite -> its framework, and the tests that fail on Horovod without our edits as well, each with the reason.
+EXPECTED: dict[str, tuple[str, dict[str, str]]] = {
+    "parallel/test_torch.py": (
+        "torch",
+        {"test_broadcast_state": MUON, "test_broadcast_state_options": MUON, "test_force_allreduce": MUON},
+    ),
+    "parallel/test_process_sets_static.py": ("torch", {}),
+    "parallel/test_adasum_pytorch.py": ("torch", {}),
+    "parallel/test_tensorflow.py": (
+        "tensorflow",
+        {
+            "test_horovod_syncbn_cpu": KERAS_2,
+            "test_model_parallel_model": KERAS_2,
+            "test_partial_distributed_gradient_tape": KERAS_2,
+        },
+    ),
+    "parallel/test_tensorflow_process_sets.py": ("tensorflow", {}),
+    "integration/test_elastic_torch.py": ("torch", {}),
+}
+
+
+def run(suite: str, tests: Path, folder: Path) -> dict[str, str]:
+    """Runs a suite, on 2 ranks unless it starts jobs of its own; returns "passed", "failed" or "skipped" by test."""
+    path = tests / suite
+    pytest = f"{sys.executable} -m pytest -q -p no:cacheprovider --junitxml={folder}/$HOROVOD_RANK.xml {path}"
+    launcher = [] if suite.startswith("integration") else ["horovodrun", "--gloo", "-np", "2"]
+    (folder / "mock.py").write_text("from unittest.mock import *\n")  # the tests name it as it was before Python 3.3
+    # The name common is that of a module of the tests, and that of our package.
+    places = [folder, tests / "utils", path.parent]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, places))}
+    output = subprocess.run(
+        [*launcher, "sh", "-c", pytest], cwd=path.parent, env=environment, text=True, capture_output=True
+    ).stdout
+    results: dict[str, str] = {}
+    for report in folder.glob("*.xml"):
+        for case in ElementTree.parse(report).iter("testcase"):
+            result = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
+            name, known = case.attrib["name"], results.get(case.attrib["name"], "skipped")
+            failed = "failed" if result in ("failure", "error") or known == "failed" else result
+            results[name] = failed
+    if not results:
+        print(output[-5000:])
+        results["collection"] = "failed"
+    return results
+
+
+def compare(suite: str, results: dict[str, str]) -> list[str]:
+    """Prints the numbers of a suite; returns what is not as expected."""
+    expected = EXPECTED[suite][1]
+    failed = sorted(name for name, result in results.items() if result == "failed")
+    numbers = [f"{list(results.values()).count(result)} {result}" for result in ("passed", "failed", "skipped")]
+    print(f"{suite}: {', '.join(numbers)}", flush=True)
+    for name in failed:
+        print(f"  {name}: {expected.get(name, 'NOT EXPECTED')}", flush=True)
+    missing = [name for name in expected if name in results and name not in failed and results[name] != "skipped"]
+    return [f"{suite} {name}: failed" for name in failed if name not in expected] + [
+        f"{suite} {name}: passed, and is expected to fail" for name in missing
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line entry."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="a checkout of Horovod 0.28.1")
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"by default all: {', '.join(EXPECTED)}")
+    options = parser.parse_args(arguments)
+    tests = options.folder.resolve() / "test"
+    unknown = [suite for suite in options.suites if suite not in EXPECTED]
+    if unknown or not (tests / "parallel").is_dir():
+        parser.error(f"{unknown[0]}: not a suite" if unknown else f"{options.folder}: no tests of Horovod in it")
+    problems = []
+    for suite in options.suites or EXPECTED:
+        if importlib.util.find_spec(EXPECTED[suite][0]) is None:
+            print(f"{suite}: {EXPECTED[suite][0]} is not installed")
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            problems += compare(suite, run(suite, tests, Path(folder)))
+    if problems:
+        sys.exit("\n".join(["not as expected:", *problems]))
+
+
+if __name__ == "__main__":
+    main()
