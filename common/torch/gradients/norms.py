@@ -17,8 +17,8 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     """
     if not tensors:
         return torch.zeros(())
-    if tensors[0].is_cuda:  # a GPU adds in a tree, which is as accurate
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+    if tensors[0].is_cuda:  # a GPU adds in a tree, which is accurate
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
     flat = [tensor.flatten() for tensor in tensors]
     in_parts = [values[: len(values) // PART * PART].view(-1, PART) for values in flat]
     rests = [values[parts.numel() :] for values, parts in zip(flat, in_parts, strict=True)]
