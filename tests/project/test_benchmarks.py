@@ -26,6 +26,10 @@ COMPARISONS = [
 # Benchmark -> its smallest setting, and how rows of its table begin.
 SMALLEST: dict[str, tuple[list[str], list[str]]] = {
     "behaviour": (["--frameworks", "torch", "--runs", "linear regression"], []),
+    "collectives": (
+        ["--rounds", "1", "--repeats", "4"],
+        ["2 ranks, allreduce in place 1", "2 ranks, message there and back 1", "4 ranks, broadcast 1"],
+    ),
     "compression_quality": (
         ["--tasks", "mnist_cnn", "--sides", "none,fp16", "--seeds", "1", "--overrides", "train.max_steps=2"],
         ["none", "fp16"],
