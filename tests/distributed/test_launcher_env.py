@@ -1,6 +1,7 @@
 """What a rank takes from its host, and which launchers it refuses."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -106,3 +107,20 @@ def test_where_the_examples_lie_is_a_matter_of_the_host() -> None:
     keys = [provenance.facts(compose("mnist_mlp", ["data=mnist", f"data.root=/{host}"]), "abc") for host in "ab"]
     assert keys[0] == keys[1]
     assert np.__version__ == keys[0]["version of numpy"]
+
+
+@pytest.mark.parametrize(
+    ("has_process_sets", "local_size", "shm", "expected"),
+    [(False, 1, "1", "20"), (True, 4, "1", "20"), (True, 2, "1", "1"), (True, 4, "0", "1")],
+    ids=["all-ranks", "one-host", "two-hosts", "sockets"],
+)
+def test_the_cycle_is_short_where_idle_ranks_are_not_woken(
+    has_process_sets: bool, local_size: int, shm: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_rank = {"RANK": "0", "SIZE": "4", "LOCAL_RANK": "0", "LOCAL_SIZE": str(local_size), "SHM": shm}
+    for name, value in of_rank.items():
+        monkeypatch.setenv(f"HOROVOD_{name}", value)
+    monkeypatch.setenv("HOROVOD_CYCLE_TIME", "")  # so that it is taken away again after the test
+    monkeypatch.delenv("HOROVOD_CYCLE_TIME")
+    launcher_env.set_cycle_time(has_process_sets)
+    assert os.environ["HOROVOD_CYCLE_TIME"] == expected

@@ -171,6 +171,13 @@ def rank_one_ends(hvd: Any, tensor: Any) -> None:
     hvd.wait_any([hvd.receive(last, 1, "more")])
 
 
+def work_on(hvd: Any, tensor: Any) -> None:
+    """Collectives without end."""
+    print("at work", flush=True)
+    while True:
+        hvd.allreduce(tensor([1.0]), name="on and on")
+
+
 def rank_one_is_silent(hvd: Any, tensor: Any) -> None:
     """Rank 0 waits for a message longer than the stall check allows."""
     if hvd.rank() == 0:

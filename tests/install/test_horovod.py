@@ -2,13 +2,15 @@
 
 import os
 import re
+import subprocess
 import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
 
-from tests.helpers.launch import FRAMEWORKS, horovodrun, run
+from tests.helpers.launch import BIN, FRAMEWORKS, ROOT, horovodrun, run
 
+import psutil
 import pytest
 
 COMMON = ("collectives", "process_sets", "messages", "sizes_and_dtypes")
@@ -92,6 +94,31 @@ def test_who_waits_for_a_message_in_vain_is_told(part: str, said: str) -> None:
     result = horovodrun(2, "-m", "tests.helpers.horovod_job", "torch", part, env=limits)
     assert result.returncode != 0
     assert f"HorovodInternalError: {said}" in result.stdout, result.stdout
+
+
+@needs_torch
+def test_ranks_end_with_a_launcher_that_was_killed() -> None:
+    command = [
+        str(BIN / "horovodrun"),
+        "--gloo",
+        "-np",
+        "2",
+        sys.executable,
+        "-m",
+        "tests.helpers.horovod_job",
+        "torch",
+    ]
+    variables = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    before = set(os.listdir("/dev/shm"))
+    with subprocess.Popen([*command, "work_on"], cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True) as job:
+        for line in job.stdout or ():
+            if "at work" in line:
+                break
+        ranks = psutil.Process(job.pid).children(recursive=True)
+        job.kill()
+        _, alive = psutil.wait_procs(ranks, timeout=30)
+    assert not alive
+    assert set(os.listdir("/dev/shm")) <= before
 
 
 def test_a_scope_of_the_rendezvous_is_cleared_by_its_own_ranks() -> None:
