@@ -126,7 +126,15 @@ def memory(hvd: Any, tensor: Any) -> None:
     if freed is not None:
         freed[:] = 1
         del freed, block, values
-        assert not hvd.shared_memory(3 << 20).any()
+        kept = hvd.shared_memory(3 << 20)
+        assert not kept.any()
+        kept[:] = 7
+        child = os.fork()  # as a loader of data does; what it frees stays with its parent
+        if not child:
+            del kept
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert (kept == 7).all()
 
 
 def messages(hvd: Any, tensor: Any) -> None:
@@ -144,6 +152,14 @@ def messages(hvd: Any, tensor: Any) -> None:
             received = np.zeros(count, np.int32)
             hvd.wait_any([hvd.receive(received, before, "the same name")])
             assert (received == 10 * before + number).all()
+    # Posted first, filled first, whichever is waited for.
+    both = [np.zeros(1, int), np.zeros(1, int)]
+    first, second = (hvd.receive(each, before, "in order") for each in both)
+    for number in (1, 2):
+        hvd.send(np.array([number]), after, "in order")
+    hvd.wait_any([second])
+    hvd.wait_any([first])
+    assert [int(each[0]) for each in both] == [1, 2]
     # More than a queue holds, before anyone receives.
     for number in range(600):
         hvd.send(np.array([number]), after, f"{number}")
