@@ -39,6 +39,11 @@ class WeightReply(NamedTuple):
     overflow: float
 
 
+def message_bytes(form: type[GradientPush] | type[WeightReply], num_bytes: int) -> int:
+    """Number of bytes of a message: its scalars, as float64, and num_bytes of gradients or weights."""
+    return 8 * len(form._fields) + num_bytes
+
+
 class Binding(Protocol):
     """A framework's messages and updates for one server; P is the number of values that this server updates."""
 

@@ -18,6 +18,8 @@ from torch import Tensor
 NUM_THREADS, BATCH = 3, 8
 SUMMED = (torch.float16, torch.float32, torch.float64, torch.int32, torch.int64)
 MOVED = (*SUMMED, torch.uint8, torch.int8)
+Posted = tuple[int, Callable[[Tensor], Iterable[tuple[Tensor, Tensor]]]]
+"""The handle of an operation, and what pairs its result with what is expected."""
 SIZES = (0, 1, 7, 1000, 70_000, 1_500_001)
 
 
@@ -36,8 +38,8 @@ class Operation:
         """The input of a member: small integers, so that sums are exact in all dtypes."""
         return ((torch.arange(self.size if size is None else size) + rank) % 5).to(self.dtype)
 
-    def post(self) -> tuple[int, Callable[[Tensor], Iterable[tuple[Tensor, Tensor]]]]:
-        """Posts the operation; returns its handle, and what pairs its result with what is expected."""
+    def post(self) -> Posted:
+        """Posts the operation."""
         return getattr(self, f"_{self.kind}")({"name": self.name, "process_set": self.process_set})
 
     @property
@@ -48,11 +50,11 @@ class Operation:
     def _sum(self, size: int | None = None) -> Tensor:
         return torch.stack([self.value(rank, size) for rank in self.members]).sum(0, dtype=self.dtype)
 
-    def _allreduce(self, options: dict[str, object]) -> tuple[int, Callable[[Tensor], Iterable[tuple[Tensor, Tensor]]]]:
+    def _allreduce(self, options: dict[str, object]) -> Posted:
         handle = hvd.allreduce_async(self.value(hvd.rank()), op=hvd.Sum, **options)
         return handle, lambda result: [(result, self._sum())]
 
-    def _shared(self, options: dict[str, object]) -> tuple[int, Callable[[Tensor], Iterable[tuple[Tensor, Tensor]]]]:
+    def _shared(self, options: dict[str, object]) -> Posted:
         values = self.value(hvd.rank())
         block = hvd.shared_memory(values.nbytes)
         if block is not None:
@@ -60,31 +62,29 @@ class Operation:
         handle = hvd.allreduce_async_(values, op=hvd.Sum, **options)
         return handle, lambda result: [(result, self._sum())]
 
-    def _group(self, options: dict[str, object]) -> tuple[int, Callable[[Tensor], Iterable[tuple[Tensor, Tensor]]]]:
+    def _group(self, options: dict[str, object]) -> Posted:
         sizes = (self.size, 3, self.size // 2)
         values = [self.value(hvd.rank(), size) for size in sizes]
         handle = hvd.grouped_allreduce_async(values, op=hvd.Sum, **options)
         return handle, lambda results: zip(results, map(self._sum, sizes), strict=True)
 
-    def _broadcast(self, options: dict[str, object]) -> tuple[int, Callable[[Tensor], Iterable[tuple[Tensor, Tensor]]]]:
+    def _broadcast(self, options: dict[str, object]) -> Posted:
         handle = hvd.broadcast_async(self.value(hvd.rank()), self.root, **options)
         return handle, lambda result: [(result, self.value(self.root))]
 
-    def _allgather(self, options: dict[str, object]) -> tuple[int, Callable[[Tensor], Iterable[tuple[Tensor, Tensor]]]]:
+    def _allgather(self, options: dict[str, object]) -> Posted:
         handle = hvd.allgather_async(self.value(hvd.rank(), self.size + hvd.rank()), **options)
         parts = [self.value(rank, self.size + rank) for rank in self.members]
         return handle, lambda result: [(result, torch.cat(parts))]
 
-    def _alltoall(self, options: dict[str, object]) -> tuple[int, Callable[[Tensor], Iterable[tuple[Tensor, Tensor]]]]:
+    def _alltoall(self, options: dict[str, object]) -> Posted:
         splits = torch.tensor([self.size // 8 + place for place in range(len(self.members))], dtype=torch.int32)
         handle = hvd.alltoall_async(self.value(hvd.rank(), int(splits.sum())), splits=splits, **options)
         mine = self.members.index(hvd.rank())
         parts = [self.value(rank, int(splits.sum())).split(splits.tolist())[mine] for rank in self.members]
         return handle, lambda result: [(result[0], torch.cat(parts))]
 
-    def _reducescatter(
-        self, options: dict[str, object]
-    ) -> tuple[int, Callable[[Tensor], Iterable[tuple[Tensor, Tensor]]]]:
+    def _reducescatter(self, options: dict[str, object]) -> Posted:
         size = self.size + len(self.members)  # each member gets something
         handle = hvd.reducescatter_async(self.value(hvd.rank(), size), op=hvd.Sum, **options)
         part = np.array_split(self._sum(size).numpy(), len(self.members))[self.members.index(hvd.rank())]

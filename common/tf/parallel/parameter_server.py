@@ -17,7 +17,14 @@ from common.gradients.bucketing import Bucket
 from common.gradients.compression import compressor_class, local_clip_norm
 from common.gradients.gradient_sync import CountedSync, SyncOptions
 from common.gradients.step_metrics import StepMetrics
-from common.parallel.parameter_server import NOT_FINITE, GradientPush, ServerLoop, WeightReply, is_synchronous
+from common.parallel.parameter_server import (
+    NOT_FINITE,
+    GradientPush,
+    ServerLoop,
+    WeightReply,
+    is_synchronous,
+    message_bytes,
+)
 from common.tf.distributed import messages, runtime
 from common.tf.distributed.messages import Incoming
 from common.tf.distributed.runtime import Optimizer
@@ -122,7 +129,7 @@ class WorkerSync(ServedSync):
         pushes, errors = self._make_pushes(self.gradients, self._loss, self._stop, is_coded)
         self.gradients = []
         self._push(pushes)
-        num_bytes = _size(WeightReply, self._weights.size * self._weights.dtype.size)
+        num_bytes = message_bytes(WeightReply, self._weights.size * self._weights.dtype.size)
         reply = tf.TensorSpec(num_bytes, tf.uint8)
         incoming = [messages.receive("reply", reply, server) for server in self._topology.servers]
         replies = [_unpacked(WeightReply, message.wait()) for message in incoming]
@@ -199,7 +206,7 @@ class ServerSync(ServedSync):
         """Waits for the next push; returns its worker, its scalars, and its gradients (P,)."""
         for worker in self._loop.pushing:
             if worker not in self._expected:
-                num_bytes = _size(GradientPush, self._code.num_bytes(self._step_of(worker)))
+                num_bytes = message_bytes(GradientPush, self._code.num_bytes(self._step_of(worker)))
                 self._expected[worker] = messages.receive("push", tf.TensorSpec(num_bytes, tf.uint8), worker)
         worker = list(self._expected)[messages.wait_any(list(self._expected.values()))]
         push, content = _unpacked(GradientPush, self._expected.pop(worker).values)
@@ -306,10 +313,6 @@ class _PartitionCode:
     def num_bytes(self, step: int) -> int:
         """Number of bytes of a partition in a step."""
         return self._num_bytes[self.is_on(step)]
-
-
-def _size(form: type[GradientPush] | type[WeightReply], num_bytes: int) -> int:
-    return 8 * len(form._fields) + num_bytes
 
 
 def _packed(values: GradientPush | WeightReply, content: tf.Tensor) -> tf.Tensor:

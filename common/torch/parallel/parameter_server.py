@@ -17,7 +17,14 @@ from common.gradients.bucketing import Bucket
 from common.gradients.compression import compressor_class, local_clip_norm
 from common.gradients.gradient_sync import CountedSync, SyncOptions
 from common.gradients.step_metrics import StepMetrics
-from common.parallel.parameter_server import NOT_FINITE, GradientPush, ServerLoop, WeightReply, is_synchronous
+from common.parallel.parameter_server import (
+    NOT_FINITE,
+    GradientPush,
+    ServerLoop,
+    WeightReply,
+    is_synchronous,
+    message_bytes,
+)
 from common.torch.distributed import messages, runtime
 from common.torch.distributed.messages import Incoming
 from common.torch.distributed.runtime import Optimizer
@@ -108,7 +115,7 @@ class WorkerSync(ServedSync):
         servers = self._topology.servers
         pushes = [_packed(push, self._encoded(server)) for server in servers]
         self._push(pushes)
-        reply = torch.empty(_size(WeightReply, self._rows[0].nbytes), dtype=torch.uint8)
+        reply = torch.empty(message_bytes(WeightReply, self._rows[0].nbytes), dtype=torch.uint8)
         incoming = [messages.receive("reply", reply, server) for server in servers]
         replies = [_unpacked(WeightReply, message.wait()) for message in incoming]
         first = replies[0][0]
@@ -176,7 +183,7 @@ class ServerSync(ServedSync):
         """Waits for the next push; returns its worker, its scalars, and its gradients (P,)."""
         for worker in self._loop.pushing:
             if worker not in self._expected:
-                num_bytes = _size(GradientPush, self._code.num_bytes(self._step_of(worker)))
+                num_bytes = message_bytes(GradientPush, self._code.num_bytes(self._step_of(worker)))
                 like = torch.empty(num_bytes, dtype=torch.uint8)
                 self._expected[worker] = messages.receive("push", like, worker)
         worker = list(self._expected)[messages.wait_any(list(self._expected.values()))]
@@ -279,10 +286,6 @@ class _PartitionCode:
     def num_bytes(self, step: int) -> int:
         """Number of bytes of a partition in a step."""
         return self._like.nbytes if step < self._start else self._code_bytes
-
-
-def _size(form: type[GradientPush] | type[WeightReply], num_bytes: int) -> int:
-    return 8 * len(form._fields) + num_bytes
 
 
 def _packed(values: GradientPush | WeightReply, content: Tensor) -> Tensor:

@@ -123,14 +123,15 @@ class ScheduleExecutor:
     def _receive_gradient(self, action: Action) -> None:
         self._receive(action, self._stage.shapes[action.chunk])
 
+    # Both ends name a message after its send.
     def _send(self, action: Action, values: Tensor) -> None:
-        messages.send(self._name(action), values, self._rank_schedule.peer(action))
+        messages.send(str(action), values, self._rank_schedule.peer(action))
 
     def _receive(self, action: Action, shape: tuple[int, ...]) -> None:
         examples = self._micro_batches[action.micro_batch]
         like = self._inputs.new_empty((examples.stop - examples.start, *shape), dtype=self._stage.dtype)
         peer = self._rank_schedule.peer(action)
-        self._arriving[action] = messages.receive(self._name(action.other_end), like, peer)
+        self._arriving[action] = messages.receive(str(action.other_end), like, peer)
 
     def _received(self, action: Action, kind: Kind) -> Tensor:
         """Waits for the message that was posted for a computation."""
@@ -138,8 +139,3 @@ class ScheduleExecutor:
         values = self._arriving.pop(replace(action, kind=kind)).wait()
         self.waited_seconds += time.perf_counter() - start
         return values
-
-    def _name(self, sending: Action) -> str:
-        """The name of a message, made from its send."""
-        phase = "train" if self._loss_function else "evaluate"
-        return f"{phase}.{sending.kind}.{sending.chunk}.{sending.micro_batch}"
