@@ -47,6 +47,7 @@ test: setup ## set up and run all tests
 	$(IN_VENV) python -m pytest
 
 stress: setup ## all of Horovod's operations at once, on 2, 3 and 4 ranks, through memory and sockets
+	@case '$(SECONDS)' in ''|*[!0-9]*) echo 'SECONDS=$(SECONDS): not a whole number' >&2; exit 2;; esac
 	$(IN_VENV) STRESS_SECONDS=$(SECONDS) python -m pytest -k everything_at_once tests/install/test_horovod.py
 
 upstream-tests: setup ## Horovod's own tests from SOURCE; says which fail, and why that is expected
