@@ -102,6 +102,50 @@ def sizes_and_dtypes(hvd: Any, tensor: Any) -> None:
     np.testing.assert_allclose(part, np.sum(values, axis=0)[bounds[rank] : bounds[rank + 1]], rtol=1e-6)
 
 
+def bfloat16(hvd: Any, tensor: Any) -> None:
+    """bfloat16 is summed in fp32: 256 and ones are 258, where each addition that is rounded gives 256 again."""
+    rank, size = hvd.rank(), hvd.size()
+    framework = importlib.import_module("torch" if "torch" in hvd.__name__ else "tensorflow")
+
+    def cast(array: Any, name: str) -> Any:
+        of_dtype = getattr(framework, name)
+        return array.to(of_dtype) if framework.__name__ == "torch" else framework.cast(array, of_dtype)
+
+    def half(array: Any) -> Any:
+        return cast(tensor(np.asarray(array, np.float32)), "bfloat16")
+
+    def single(array: Any) -> Any:
+        return cast(array, "float32").numpy()
+
+    # Sockets and hosts round each sum that they pass on.
+    is_one_host = hvd.local_size() == size and os.environ.get("HOROVOD_SHM") != "0"
+    for count in (1, 1000, 3_000_001):
+        mine = half(np.full(count, 256.0 if rank == 0 else 1.0))
+        summed = single(hvd.allreduce(mine, op=hvd.Sum, name=f"bf16 {count}"))
+        expected = single(half(256.0 + size - 1))
+        np.testing.assert_allclose(summed, np.full(count, expected), rtol=0 if is_one_host else size * 2**-8)
+        part = single(hvd.reducescatter(half([256.0 if rank == 0 else 1.0] * size), op=hvd.Sum, name="bf16 part"))
+        assert part == expected
+    values = single(half(np.random.default_rng(0).random((size, 40_000)) - 0.5))
+    for op, result in (
+        (hvd.Average, values.mean(axis=0)),
+        (hvd.Min, values.min(axis=0)),
+        (hvd.Max, values.max(axis=0)),
+        (hvd.Product, values.prod(axis=0)),
+    ):
+        reduced = single(hvd.allreduce(half(values[rank]), op=op, name=f"bf16 op {op}"))
+        np.testing.assert_allclose(reduced, result, rtol=size * 2**-8, atol=size * 2**-9)
+    not_finite = single(hvd.allreduce(half([np.inf, np.nan, -np.inf, 3e38]), op=hvd.Sum, name="bf16 not finite"))
+    np.testing.assert_array_equal(not_finite, [np.inf, np.nan, -np.inf, np.inf])
+    received = hvd.broadcast(half(values[rank]), 1, name="bf16 from 1")
+    np.testing.assert_array_equal(single(received), values[1])
+    gathered = hvd.allgather(half(values[rank][: rank + 1]), name="bf16 gathered")
+    np.testing.assert_array_equal(single(gathered), np.concatenate([values[r][: r + 1] for r in range(size)]))
+    exchanged = hvd.alltoall(half(values[rank][:size]), name="bf16 to all")
+    exchanged = exchanged[0] if isinstance(exchanged, tuple) else exchanged
+    np.testing.assert_array_equal(single(exchanged), values[:, rank])
+
+
 def memory(hvd: Any, tensor: Any) -> None:
     """Tensors of which all, some or none lie in memory that the ranks share are summed alike; only PyTorch."""
     torch, rank, size = importlib.import_module("torch"), hvd.rank(), hvd.size()

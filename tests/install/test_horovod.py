@@ -13,7 +13,7 @@ from tests.helpers.launch import BIN, FRAMEWORKS, ROOT, horovodrun, run
 import psutil
 import pytest
 
-COMMON = ("collectives", "process_sets", "messages", "sizes_and_dtypes")
+COMMON = ("collectives", "process_sets", "messages", "sizes_and_dtypes", "bfloat16")
 TORCH = ("torch", *COMMON, "many_in_flight", "join", "memory", "cached")
 TF = ("tf", *COMMON, "broadcast_in_place")
 

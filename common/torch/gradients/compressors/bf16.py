@@ -1,4 +1,4 @@
-"""bfloat16 in messages, sent as bytes: Horovod lacks the dtype."""
+"""bfloat16 in messages."""
 
 from common.torch.gradients.compression import Codec, as_bytes, from_bytes
 
