@@ -4,8 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 from tests.helpers.launch import BIN, FRAMEWORKS, ROOT, horovodrun, run
@@ -123,27 +121,24 @@ def test_ranks_end_with_a_launcher_that_was_killed() -> None:
 
 def test_a_scope_of_the_rendezvous_is_cleared_by_its_own_ranks() -> None:
     from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
+    from horovod.runner.http.http_client import send_request
     from horovod.runner.http.http_server import RendezvousServer
 
     server = RendezvousServer()
-    address = f"http://127.0.0.1:{server.start()}"
+    port = server.start()
     server.init(get_host_assignments(parse_hosts("localhost:2"), 2))
 
-    def ask(method: str, path: str, content: bytes | None = None) -> int:
-        try:
-            request = urllib.request.Request(f"{address}/{path}", content, method=method)
-            with urllib.request.urlopen(request) as answer:
-                return int(answer.status)
-        except urllib.error.HTTPError as error:
-            return error.code
+    def ask(method: str, path: str, content: bytes = b"") -> bytes:
+        return send_request(method, "127.0.0.1", port, *path.split("/"), content, server.key)
 
-    assert ask("PUT", "local_localhost/0", b"an address") == 200
+    ask("PUT", "local_localhost/0", b"an address")
+    assert ask("GET", "local_localhost/0") == b"an address"
     # One rank has left the host's scope when both have left that of all ranks.
     for path in ("local_localhost/0", "global/0", "global/1", "local_localhost/1"):
         ask("DELETE", path)
-    assert ask("GET", "local_localhost/0") == 404
+    with pytest.raises(RuntimeError, match="status 404"):
+        ask("GET", "local_localhost/0")
     server.stop()
-    server._httpd.server_close()
 
 
 @needs_torch
