@@ -148,7 +148,7 @@ def environment_by_ssh(folder: Path) -> bool:
 
 
 def host_of_any_key(folder: Path) -> bool:
-    """ssh is told to take any host for the one that is meant."""
+    """No host has to prove that it is the one that is meant."""
     return "StrictHostKeyChecking=no" in launched("far", folder)
 
 

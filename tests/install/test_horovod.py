@@ -20,27 +20,40 @@ needs_torch = pytest.mark.skipif("torch" not in FRAMEWORKS, reason="torch is not
 
 
 @pytest.mark.parametrize(
-    ("job", "num_ranks", "switch", "hosts"),
+    ("job", "num_ranks", "switches", "hosts"),
     [
         (TORCH, 2, "", ""),
         (TORCH, 3, "", ""),
         (TF, 2, "", ""),
         (TF, 4, "", ""),
-        (TORCH, 2, "EVENT_DRIVEN", ""),
-        (TORCH, 4, "SHM", ""),
+        (TORCH, 2, "HOROVOD_EVENT_DRIVEN=0", ""),
+        (TORCH, 4, "HOROVOD_SHM=0", ""),
+        (TF, 3, "HOROVOD_SHM=0 HOROVOD_GLOO_TLS=1", ""),
         # Two names for this host count as two hosts.
         (TORCH, 4, "", "localhost:2,127.0.0.1:2"),
         (TF, 3, "", "localhost:1,127.0.0.1:2"),
     ],
-    ids=["torch-2", "torch-3", "tf-2", "tf-4", "torch-2-fixed-cycle", "torch-4-sockets", "torch-2+2", "tf-1+2"],
+    # fmt: off
+    ids=[
+        "torch-2",
+        "torch-3",
+        "tf-2",
+        "tf-4",
+        "torch-2-fixed-cycle",
+        "torch-4-sockets",
+        "tf-3-tls",
+        "torch-2+2",
+        "tf-1+2",
+    ],
+    # fmt: on
 )
-def test_collectives_keep_their_promises(job: tuple[str, ...], num_ranks: int, switch: str, hosts: str) -> None:
+def test_collectives_keep_their_promises(job: tuple[str, ...], num_ranks: int, switches: str, hosts: str) -> None:
     if job[0] not in FRAMEWORKS:
         pytest.skip(f"{job[0]} is not installed")
     env = {
         "HOROVOD_CYCLE_TIME": "5",
         "HOROVOD_DYNAMIC_PROCESS_SETS": "1",
-        **({f"HOROVOD_{switch}": "0"} if switch else {}),
+        **dict(switch.split("=") for switch in switches.split()),
     }
     options = ("-H", hosts) if hosts else ()
     result = horovodrun(num_ranks, "-m", "tests.helpers.horovod_job", *job, env=env, options=options)

@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,9 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from install.horovod.wheel import fetch_sdist
+from install.horovod.wheel import apply_edits, fetch_sdist
 from tests.helpers.attacks import ATTACKS
-from tests.helpers.launch import BIN, FRAMEWORKS, ROOT, run
+from tests.helpers.launch import BIN, FRAMEWORKS, ROOT, horovodrun, run
 
 import psutil
 import pytest
@@ -38,6 +39,45 @@ def test_a_door_that_is_open_in_stock_horovod_is_closed(attack: str, stock: Path
         return words[0] if words else done.stdout
 
     assert (result(str(stock)), result("")) == ("open", "closed")
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory, stock: Path) -> Path:
+    """The same with our edits."""
+    root = tmp_path_factory.mktemp("ours") / stock.name
+    shutil.copytree(stock, root)
+    apply_edits(root, sorted((ROOT / "install" / "horovod" / "edits").glob("*.patch")))
+    return root
+
+
+def test_a_message_that_points_before_its_buffer_is_refused(stock: Path, ours: Path, tmp_path: Path) -> None:
+    def result(root: Path) -> str:
+        gloo = root / "third_party" / "gloo"
+        settings = (gloo / "gloo" / "config.h.in").read_text()
+        settings = re.sub("#cmakedefine01 (.*)", r"#define \1 0", re.sub("@GLOO_VERSION_.*@", "0", settings))
+        folder = tmp_path / root.parent.name
+        (folder / "gloo").mkdir(parents=True)
+        (folder / "gloo" / "config.h").write_text(settings)
+        folders = [gloo / "gloo" / "transport" / "tcp", gloo / "gloo" / "transport", gloo / "gloo" / "common"]
+        sources = [path for place in folders for path in place.glob("*.cc") if path.name != "win.cc"]
+        program = folder / "preamble"
+        # fmt: off
+        run(["c++", "-std=c++17", "-w", "-include", "cstdint", f"-I{folder}", f"-I{gloo}", "-pthread", "-o", program,
+             ROOT / "tests" / "helpers" / "gloo_preamble.cc", *sources])
+        # fmt: on
+        return run([program]).stdout.strip()
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(result, (stock, ours))) == ["written", "refused"]
+
+
+@pytest.mark.skipif("torch" not in FRAMEWORKS, reason="torch is not installed")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_does_not_encrypt_is_refused(rank: int) -> None:
+    start = f"import os; os.environ['HOROVOD_GLOO_TLS'] = str(int(os.environ['HOROVOD_RANK'] != '{rank}'))"
+    result = horovodrun(2, "-c", f"{start}; import horovod.torch as hvd; hvd.init(); print('together')")
+    assert "together" not in result.stdout
+    assert (result.returncode != 0, "handshake" in result.stdout) == (True, True), result.stdout
 
 
 def job(folder: Path, *options: str) -> list[object]:
