@@ -33,15 +33,14 @@ needs_torch = pytest.mark.skipif("torch" not in FRAMEWORKS, reason="torch is not
         (TORCH, 4, "", "localhost:2,127.0.0.1:2"),
         (TF, 3, "", "localhost:1,127.0.0.1:2"),
     ],
-    # fmt: off
     ids=[
         "torch-2",
         "torch-3",
         "tf-2",
         "tf-4",
-        "torch-2-fixed-cycle",
-        "torch-4-sockets",
-        "tf-3-tls",
+        "torch-fixed",
+        "torch-sockets",
+        "tf-tls",
         "torch-2+2",
         "tf-1+2",
     ],
