@@ -3,14 +3,16 @@
 #   ACCELERATOR=cpu|cuda             where tensors are
 #   WITH_MPI=0|1                     build MPI in
 #   TORCH_INDEX=pip|URL|FOLDER       where torch comes from: an index of packages, or a folder of wheels
-#   PYTHON=/path/to/python3.11       the Python of the setup
+#   HOROVOD_WHEEL=build|FILE|URL     builds Horovod, or installs a wheel that `make wheel` has made
+#   PYTHON=/path/to/python3          the Python of the setup, 3.10 to 3.13; the newest that is there, or that of .venv
+#   out=FOLDER                       where make wheel puts the wheel
 #   NP=2                             ranks of make train
 #   RECIPE=mnist_mlp_torch           what make train trains
 #   ARGS="key=value ..."             and how
 #   SECONDS=60                       of each run of make stress
 #   SOURCE=FOLDER                    a checkout of Horovod v0.28.1, for make upstream-tests
-SETUP_OPTIONS := FRAMEWORKS ACCELERATOR WITH_MPI TORCH_INDEX
-OPTIONS := $(SETUP_OPTIONS) PYTHON NP RECIPE ARGS SECONDS SOURCE
+SETUP_OPTIONS := FRAMEWORKS ACCELERATOR WITH_MPI TORCH_INDEX HOROVOD_WHEEL
+OPTIONS := $(SETUP_OPTIONS) PYTHON NP RECIPE ARGS SECONDS SOURCE out
 # These go on to the compiler and to Horovod's build.
 BUILD_VARIABLES := CXX CXXFLAGS HOROVOD_CUDA_HOME HOROVOD_NCCL_HOME
 
@@ -21,8 +23,10 @@ ifneq ($(UNKNOWN),)
 $(error $(foreach name,$(UNKNOWN),$(name)=$($(name)):) not an option; choose from $(OPTIONS), or $(BUILD_VARIABLES))
 endif
 
-PYTHON ?= python3.11
-NO_PYTHON = PYTHON=$(PYTHON): no Python that runs; the setup needs Python 3.11 with venv and headers (Debian, Ubuntu: \
+NEWEST_PYTHON = $(shell for minor in 13 12 11 10; do \
+  python3.$$minor -c 1 2>/dev/null && echo python3.$$minor && break; done)
+PYTHON ?= $(or $(wildcard .venv/bin/python),$(NEWEST_PYTHON),python3)
+NO_PYTHON = PYTHON=$(PYTHON): no Python that runs; the setup needs Python 3.10 to 3.13 with venv and headers (Debian, Ubuntu: \
   python3.11 python3.11-venv python3.11-dev), found on the PATH or named: make setup PYTHON=/path/to/python3.11
 NP ?= 2
 RECIPE ?= mnist_mlp_torch
@@ -30,7 +34,7 @@ ARGS ?=
 SECONDS ?= 60
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: help setup train test stress upstream-tests lint bench clean
+.PHONY: help setup train test wheel stress upstream-tests lint bench clean
 
 help: ## list the targets and the options
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -45,6 +49,10 @@ train: setup ## set up and train: make train NP=2 RECIPE=mnist_mlp_torch ARGS="t
 
 test: setup ## set up and run all tests
 	$(IN_VENV) python -m pytest
+
+wheel: setup ## Horovod's wheel for the frameworks of .venv, into the folder out
+	$(if $(out),,$(error out=: name the folder for the wheel: make wheel out=FOLDER))
+	$(IN_VENV) python install/horovod/wheel.py --out '$(out)'
 
 stress: setup ## all of Horovod's operations at once, on 2, 3 and 4 ranks, through memory and sockets
 	@case '$(SECONDS)' in ''|*[!0-9]*) echo 'SECONDS=$(SECONDS): not a whole number' >&2; exit 2;; esac

@@ -5,6 +5,7 @@ after a power cut.
 """
 
 import errno
+import hashlib
 import json
 import os
 import stat
@@ -70,6 +71,14 @@ def brief(reason: object) -> str:
     """An error message as one printable line of at most about MAX_REASON characters."""
     line = "".join(character if character.isprintable() else " " for character in str(reason))
     return line if len(line) <= MAX_REASON else f"{line[:MAX_REASON]}..."
+
+
+def sha256(file: BinaryIO) -> str:
+    """SHA-256, in hexadecimal, of what is left to read of a file."""
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def sync(file: BinaryIO) -> None:

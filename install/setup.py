@@ -3,7 +3,8 @@
 It does nothing when .venv was finished with the same options from the same files; an unfinished one is made anew.
 Runs on the standard library alone, as nothing else is there yet.
 
-    python3.11 install/setup.py [FRAMEWORKS=torch,tf] [ACCELERATOR=cpu|cuda] [WITH_MPI=0|1] [TORCH_INDEX=pip|URL|FOLDER]
+    python3 install/setup.py [FRAMEWORKS=torch,tf] [ACCELERATOR=cpu|cuda] [WITH_MPI=0|1] [TORCH_INDEX=pip|URL|FOLDER]
+                             [HOROVOD_WHEEL=build|FILE|URL]
 
 An option that is left out keeps the value that .venv was last made with.
 """
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +27,9 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
+PIP = (str(PYTHON), "-m", "pip", "install", "-qq", "--disable-pip-version-check")
+PYTHONS = [(3, minor) for minor in (10, 11, 12, 13)]
+LOCK = ROOT / "install" / "constraints.txt"
 STATE = VENV / "setup.json"
 FILES = ("setup.py", "constraints.txt", "horovod/sdist.txt", "horovod/*.py", "horovod/edits/*.patch")
 CHOICES = {
@@ -32,6 +37,7 @@ CHOICES = {
     "ACCELERATOR": ("cpu", "cuda"),
     "WITH_MPI": ("0", "1"),
     "TORCH_INDEX": ("pip", "URL", "FOLDER"),  # pip: where its own configuration looks
+    "HOROVOD_WHEEL": ("build", "FILE", "URL"),
 }
 PHASES = {
     "environment": "make .venv",
@@ -74,6 +80,8 @@ def read_options(arguments: list[str], last: dict[str, str]) -> dict[str, str]:
         name, _, value = argument.partition("=")
         if name == "TORCH_INDEX":
             options[name] = read_index(value)
+        elif name == "HOROVOD_WHEEL":
+            options[name] = read_wheel(value)
         elif value in CHOICES.get(name, ()):
             options[name] = value
         else:
@@ -91,16 +99,25 @@ def read_index(value: str) -> str:
     sys.exit(f"TORCH_INDEX={value}: neither an http(s) URL nor a folder; pip's own choice is TORCH_INDEX=pip")
 
 
+def read_wheel(value: str) -> str:
+    """Which Horovod is installed: build, an address, or the whole path of a file."""
+    if value == "build" or re.fullmatch(r"https?://[^/\s]+\S*\.whl(#sha256=[0-9a-f]{64})?", value):
+        return value
+    if value.endswith(".whl") and Path(value).is_file():
+        return str(Path(value).resolve())
+    sys.exit(
+        f"HOROVOD_WHEEL={value}: neither a wheel's file nor its http(s) URL; the build's own is HOROVOD_WHEEL=build"
+    )
+
+
 def wanted_state(options: dict[str, str]) -> dict[str, object]:
     """Everything that decides what .venv holds."""
-    import tomllib  # new in Python 3.11, and this file speaks to older ones, too
-
     files = sorted(path for pattern in FILES for path in (ROOT / "install").glob(pattern))
     return {
         "options": options,
         "python": sys.version,
         "root": str(ROOT),
-        "project": tomllib.loads((ROOT / "pyproject.toml").read_text())["project"],
+        "project": (ROOT / "pyproject.toml").read_text().partition("[build-system]")[0],
         "files": {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
     }
 
@@ -116,13 +133,14 @@ def last_state() -> dict[str, Any]:
 
 def check_machine() -> None:
     """Leaves with a message when something that pip cannot install is missing."""
+    name = "python{}.{}".format(*sys.version_info)
     missing = []
     if not shutil.which(os.environ.get("CXX", "c++")):
         missing.append("a C++ compiler (Debian, Ubuntu: g++; Fedora, RHEL: gcc-c++; or set CXX)")
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-        missing.append("Python's headers (Debian, Ubuntu: python3.11-dev; Fedora, RHEL: python3.11-devel)")
+        missing.append(f"Python's headers (Debian, Ubuntu: {name}-dev; Fedora, RHEL: {name}-devel)")
     if find_spec("ensurepip") is None:
-        missing.append("Python's ensurepip (Debian, Ubuntu: python3.11-venv)")
+        missing.append(f"Python's ensurepip (Debian, Ubuntu: {name}-venv)")
     if missing:
         sys.exit("Horovod is compiled here, and this machine lacks " + " and ".join(missing))
 
@@ -135,26 +153,64 @@ def run(*command: str | Path, problem: str = "") -> None:
 
 
 def pip_install(*arguments: str, problem: str = "") -> None:
-    """Installs into .venv within the pinned versions."""
-    pip = (PYTHON, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "-c", "install/constraints.txt")
-    run(*pip, *arguments, problem=problem)
+    """Installs into .venv."""
+    run(*PIP, *arguments, problem=problem)
+
+
+def locked() -> dict[str, str]:
+    """The pinned packages: "name==version" -> that line of the lock, with the hashes, without the marker."""
+    lines = re.findall(r"^(\S+==\S+)[^\\\n]*((?: \\\n +--hash=\S+)+)", LOCK.read_text(), re.MULTILINE)
+    return {pin: pin + hashes for pin, hashes in lines}
+
+
+def install_locked(requirements: list[str]) -> None:
+    """Installs packages, whose names and versions are in the lock, if their hashes are there, too."""
+    pins = locked()
+    unknown = [pin for pin in requirements if pin not in pins]
+    if unknown:
+        sys.exit(f"install/constraints.txt has no hash of {' '.join(unknown)}")
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write("".join(pins[pin] + "\n" for pin in requirements))
+        file.flush()
+        pip_install("--no-deps", "--require-hashes", "--no-build-isolation", "-r", file.name)
+
+
+def resolve(requirement: str) -> list[str]:
+    """The packages, as "name==version", that the requirement needs and .venv lacks, within the pinned versions."""
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        # With hashes, pip would want one of the project's own folder, too.
+        file.write(re.sub(r" *\\\n +--hash=\S+", "", LOCK.read_text()))
+        file.flush()
+        looking = ("--dry-run", "--report", "-", "--no-build-isolation", "-c", file.name, requirement)
+        result = subprocess.run([*PIP, *looking], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if result.returncode:
+        sys.exit("make setup: pip found no packages that fit together; the reason stands above")
+    found = [package for package in json.loads(result.stdout)["install"] if "dir_info" not in package["download_info"]]
+    return ["{}=={}".format(normalized(one["metadata"]["name"]), one["metadata"]["version"]) for one in found]
+
+
+def normalized(name: str) -> str:
+    """A package's name as the lock has it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def torch_source(index: str) -> list[str]:
     """What tells pip to take torch from the index, an address or a folder, instead of the index that pip uses else."""
+    if index == "pip":
+        return []
     return ["--index-url", index] if "://" in index else ["--no-index", "--find-links", index]
 
 
 def install_packages(extras: list[str], index: str) -> None:
     """Installs the project's packages into .venv, in place, with those of the extras."""
-    pip_install("setuptools", "wheel")
-    if "torch" in extras and index != "pip":
-        # By itself, as the index may have other packages, too: the next step finds it there and leaves it.
-        pinned = (ROOT / "install" / "constraints.txt").read_text().splitlines()
-        (torch,) = (line for line in pinned if line.startswith("torch=="))
-        problem = f"TORCH_INDEX={index}: has no {torch} for this Python; use another, or TORCH_INDEX=pip"
+    install_locked([pin for pin in locked() if pin.startswith(("setuptools==", "wheel=="))])
+    if "torch" in extras:
+        # By itself, as each index has other builds of it, of which none is pinned; the next step leaves it.
+        (torch,) = (pin for pin in locked() if pin.startswith("torch=="))
+        problem = f"TORCH_INDEX={index}: has no {torch} for this Python; use another"
         pip_install("--no-deps", *torch_source(index), torch, problem=problem)
-    pip_install("--no-build-isolation", "--editable", f".[{','.join(extras)}]")
+    install_locked(resolve(f".[{','.join(extras)}]"))
+    pip_install("--no-deps", "--no-build-isolation", "--editable", ".")
 
 
 def build_wheel(progress: Progress, *options: str) -> str:
@@ -174,8 +230,11 @@ def build_wheel(progress: Progress, *options: str) -> str:
 
 def main() -> None:
     """Command line entry."""
-    if sys.version_info[:2] != (3, 11):
-        sys.exit(f"The setup needs Python 3.11, not {sys.version.split()[0]}: make setup PYTHON=/path/to/python3.11")
+    if sys.version_info[:2] not in PYTHONS:
+        supported = " or ".join(f"{major}.{minor}" for major, minor in PYTHONS)
+        sys.exit(
+            f"The setup needs Python {supported}, not {sys.version.split()[0]}: make setup PYTHON=/path/to/python3"
+        )
     with (ROOT / "pyproject.toml").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a second setup waits for the first, and finds its work done
         set_up(sys.argv[1:])
@@ -213,9 +272,11 @@ def fill(options: dict[str, str], progress: Progress) -> None:
     of_frameworks = [f"{name}-cuda" if cuda and name == "tf" else name for name in frameworks]
     progress.begin("packages")
     install_packages(["build", "dev", *of_frameworks, *["mpi"] * mpi], options["TORCH_INDEX"])
-    wheel = build_wheel(progress, *["--mpi"] * mpi, *["--cuda"] * cuda)
+    wheel = options["HOROVOD_WHEEL"]
+    if wheel == "build":
+        wheel = build_wheel(progress, *["--mpi"] * mpi, *["--cuda"] * cuda)
     progress.begin("install")
-    pip_install("--no-deps", wheel)
+    pip_install("--no-deps", wheel, problem=f"HOROVOD_WHEEL={wheel}: cannot be installed with this Python")
     progress.begin("check")
     for framework in frameworks:
         run(PYTHON, "-c", f"import common.{framework}.distributed.runtime")

@@ -8,7 +8,7 @@ Scaling Rules for Adaptive Gradient Algorithms", 2022, https://arxiv.org/abs/220
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 from common.config.schema import BatchSchedule, OptimizerConfig, SGDConfig, TrainConfig
 
@@ -45,7 +45,7 @@ class BatchSizes:
                 self._double_after(step)
 
     @classmethod
-    def from_json(cls, cfg: TrainConfig, num_examples: int, content: dict[str, Any]) -> Self:
+    def from_json(cls, cfg: TrainConfig, num_examples: int, content: dict[str, Any]) -> "BatchSizes":
         """Restores the batch sizes of a checkpoint; later ones follow the configuration.
 
         If train.global_batch_size has changed, growth restarts from it.

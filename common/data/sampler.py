@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any
 
 from common.config.schema import RunConfig, TrainConfig
 from common.data.batch_schedule import BatchSizes
@@ -91,7 +91,7 @@ class TrainingSampler:
         topology: Topology,
         restored: Mapping[str, Any] = MappingProxyType({}),
         classes: np.ndarray | None = None,
-    ) -> Self:
+    ) -> "TrainingSampler":
         """The sampler of a configuration, which continues from the restored state of a checkpoint, if there is one.
 
         Raises:

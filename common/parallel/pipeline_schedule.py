@@ -11,7 +11,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum, auto
+from enum import Enum
 from itertools import accumulate, chain, pairwise, product, starmap
 from operator import itemgetter
 from typing import NamedTuple
@@ -24,20 +24,24 @@ class ScheduleError(ValueError):
     """A schedule that is incomplete, out of order or in a deadlock."""
 
 
-class Kind(StrEnum):
+class Kind(str, Enum):
     """The kinds of actions.
 
     backward computes the gradients of input and weights, backward_input and backward_weight compute one of the two.
     """
 
-    forward = auto()
-    backward = auto()
-    backward_input = auto()
-    backward_weight = auto()
-    send_activation = auto()
-    receive_activation = auto()
-    send_gradient = auto()
-    receive_gradient = auto()
+    forward = "forward"
+    backward = "backward"
+    backward_input = "backward_input"
+    backward_weight = "backward_weight"
+    send_activation = "send_activation"
+    receive_activation = "receive_activation"
+    send_gradient = "send_gradient"
+    receive_gradient = "receive_gradient"
+
+    def __str__(self) -> str:
+        """The name; Python 3.11 has StrEnum for it."""
+        return self.value
 
     @property
     def is_transfer(self) -> bool:

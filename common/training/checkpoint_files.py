@@ -71,7 +71,7 @@ def _write_arrays(path: Path, arrays: Arrays) -> str:
         raise OSError(errno.EIO, str(error), str(path)) from error
     with path.open("rb+") as file:
         file_io.sync(file)
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_io.sha256(file)
 
 
 def state_sha256(state: Mapping[str, Any]) -> str:

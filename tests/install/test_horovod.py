@@ -44,7 +44,6 @@ needs_torch = pytest.mark.skipif("torch" not in FRAMEWORKS, reason="torch is not
         "torch-2+2",
         "tf-1+2",
     ],
-    # fmt: on
 )
 def test_collectives_keep_their_promises(job: tuple[str, ...], num_ranks: int, switches: str, hosts: str) -> None:
     if job[0] not in FRAMEWORKS:
@@ -162,6 +161,5 @@ def test_an_elastic_job_survives_a_killed_rank(tmp_path: Path) -> None:
     # fmt: off
     command = ["horovodrun", "--gloo", "-np", "2", "--min-np", "1", "--max-np", "2", "--network-interfaces", "lo",
                "--host-discovery-script", hosts, sys.executable, "-m", "tests.helpers.elastic_job"]
-    # fmt: on
     result = run(command)
     assert (result.returncode, "1 rank counted to 20" in result.stdout) == (0, True), result.stdout

@@ -16,7 +16,7 @@ from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 from common import file_io
 from common.config.schema import ImageShardsConfig, TextShardsConfig, Verify
@@ -365,7 +365,7 @@ def _problem(folder: Path, field: Field, shard: Shard, how: Verify) -> str | Non
             size = os.fstat(file.fileno()).st_size
             if size != expected:
                 reason = f"has {size} bytes instead of {expected}"
-            elif how is Verify.hash and hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+            elif how is Verify.hash and file_io.sha256(file) != shard.sha256:
                 reason = f"has other contents than the SHA-256 in {INDEX}"
             else:
                 return None
@@ -456,7 +456,7 @@ class ShardWriter:
         if self._out.exists() and not (self._out.is_dir() and not any(self._out.iterdir())):
             raise _taken(out)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ShardWriter":
         self._out.parent.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
         self._folder.mkdir()

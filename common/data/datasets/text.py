@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Self
+from typing import BinaryIO, NamedTuple
 
 from common import file_io
 from common.config.schema import TextConfig, TokenizerKind
@@ -47,7 +47,7 @@ class Windows:
     fingerprint: str
 
     @classmethod
-    def of(cls, tokens: Array, context: int, num_bytes: int) -> Self:
+    def of(cls, tokens: Array, context: int, num_bytes: int) -> "Windows":
         """The examples of these tokens."""
         return cls(tokens, context, num_bytes, fingerprint(tokens=tokens))
 
@@ -75,7 +75,7 @@ class Corpus:
     test: Windows
     tokenizer: Tokenizer
 
-    def check(self, name: str) -> Self:
+    def check(self, name: str) -> "Corpus":
         """Checks that both parts have at least one example; returns self.
 
         Args:
@@ -133,7 +133,9 @@ class Text:
     on_read: Callable[[int], object]
 
     @classmethod
-    def open(cls, path: str | None, key: str = "data.path", on_read: Callable[[int], object] = lambda _: None) -> Self:
+    def open(
+        cls, path: str | None, key: str = "data.path", on_read: Callable[[int], object] = lambda _: None
+    ) -> "Text":
         """Finds the documents.
 
         Args:
