@@ -1,9 +1,9 @@
 """Builds Horovod 0.28.1 for the frameworks of this environment; prints a line for each phase, then the wheel's path.
 
 The sdist comes from PyPI and is checked against sdist.txt, the edits in edits/ are applied in the order of their
-names, and the wheel is kept in the user's cache below a key of everything that decides it.
+names, and the wheel is kept in the user's cache below a key of everything that decides it, with its hash.
 
-    python install/horovod/wheel.py [--mpi] [--cuda]
+    python install/horovod/wheel.py [--mpi] [--cuda] [--out FOLDER]
 """
 
 import argparse
@@ -52,7 +52,7 @@ def build_variables(mpi: bool, cuda: bool) -> dict[str, str]:
 
 def cache_key(variables: dict[str, str], edits: Sequence[Path]) -> dict[str, object]:
     """Everything that decides the wheel."""
-    sources = [HERE / "sdist.txt", Path(__file__), *edits]
+    sources = [HERE / "sdist.txt", HERE / "README.md", Path(__file__), *edits]
     compiler = os.environ.get("CXX", "c++")
     return {
         "python": f"{platform.python_implementation()} {platform.python_version()}",
@@ -104,6 +104,34 @@ def apply_edits(root: Path, edits: Sequence[Path]) -> None:
             raise BuildError(f"{edit.name} does not apply to {root.name}")
 
 
+def version_label(edits: Sequence[Path]) -> str:
+    """What stands behind Horovod's version: the number of the last edit."""
+    return f"recipes.{int(edits[-1].name[:2])}"
+
+
+def label(root: Path, edits: Sequence[Path]) -> None:
+    """Puts into the tree what the wheel says of itself: horovod/edits.py, README.md and NOTICE."""
+    reasons = {edit.stem: edit.read_text().partition("\n")[0] for edit in edits}
+    facts = {
+        "VERSION": f"0.28.1+{version_label(edits)}",
+        "PYTHON": f"{sys.version_info[0]}.{sys.version_info[1]}",
+        "FRAMEWORKS": installed_frameworks(),
+        "EDITS": reasons,
+    }
+    lines = "".join(f"{name} = {json.dumps(value, indent=4)}\n" for name, value in facts.items())
+    comment = "# What this build is, and how it differs from Horovod 0.28.1."
+    (root / "horovod" / "edits.py").write_text(f"{comment}\n\n{lines}")
+    shutil.copy(HERE / "README.md", root)
+    changes = "".join(f"- {name}: {reason}\n" for name, reason in reasons.items())
+    changed = {name for edit in edits for name in re.findall(r"^\+\+\+ (\S+)", edit.read_text(), re.MULTILINE)}
+    files = "".join(f"- {name}\n" for name in sorted(changed))
+    (root / "NOTICE").write_text(
+        "Horovod\nCopyright The Horovod Authors, licensed under the Apache License, Version 2.0.\n\n"
+        f"This build differs from Horovod 0.28.1 as it was released. The changes:\n\n{changes}\n"
+        f"They are in these files:\n\n{files}\nGloo, in third_party/gloo, is under the BSD license in its folder.\n"
+    )
+
+
 def build_environment(variables: dict[str, str]) -> dict[str, str]:
     """The environment of the build: of Horovod's variables only these, as no others are in the wheel's key."""
     others = {name: value for name, value in os.environ.items() if not name.startswith("HOROVOD_")}
@@ -135,11 +163,30 @@ def compile_wheel(source: Path, folder: Path, variables: dict[str, str]) -> Path
     return wheel
 
 
+def sha256(path: Path) -> str:
+    """SHA-256, in hexadecimal, of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def take(kept: Path) -> Path:
+    """The wheel that was kept in a folder.
+
+    Raises:
+        BuildError: it is not the one that was built.
+    """
+    (wheel,) = kept.glob("*.whl")
+    hashed = kept / "sha256"
+    if not hashed.exists() or hashed.read_text().strip() != sha256(wheel):
+        raise BuildError(f"{wheel} has changed since it was built; remove its folder to build it again")
+    return wheel
+
+
 def keep(wheel: Path, key: str, kept: Path) -> None:
-    """Puts the wheel and its key into the folder `kept`, all or nothing, as a build can be interrupted."""
+    """Puts the wheel, its key and its hash into the folder `kept`, all or nothing, as a build can be interrupted."""
     with tempfile.TemporaryDirectory(dir=kept.parent, ignore_cleanup_errors=True) as finished:
         shutil.copy(wheel, finished)
         (Path(finished) / "key.json").write_text(key + "\n")
+        (Path(finished) / "sha256").write_text(sha256(wheel) + "\n")
         try:
             os.replace(finished, kept)
         except OSError:
@@ -150,7 +197,7 @@ def keep(wheel: Path, key: str, kept: Path) -> None:
 def wheel_path(mpi: bool, cuda: bool) -> Path:
     """The wheel for this environment, from the cache or built now."""
     edits = sorted((HERE / "edits").glob("*.patch"))
-    variables = build_variables(mpi, cuda)
+    variables = build_variables(mpi, cuda) | {"HOROVOD_LOCAL_VERSION": version_label(edits)}
     key = json.dumps(cache_key(variables, edits), indent=2, sort_keys=True)
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "horovod-recipes" / "wheels"
     kept = caches / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -161,22 +208,35 @@ def wheel_path(mpi: bool, cuda: bool) -> Path:
             source = fetch_sdist(Path(folder))  # a fresh tree for each build, as CMake writes into it
             print("edits", flush=True)
             apply_edits(source, edits)
+            label(source, edits)
             print("compile", flush=True)
             keep(compile_wheel(source, Path(folder), variables), key, kept)
-    (wheel,) = kept.glob("*.whl")
-    return wheel
+    return take(kept)
+
+
+def setup_options() -> dict[str, str]:
+    """The options that install/setup.py has made this environment with; none in others."""
+    state = Path(sys.prefix) / "setup.json"
+    return json.loads(state.read_text())["options"] if state.exists() else {}
 
 
 def main() -> None:
     """Command line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mpi", action="store_true", help="build MPI in")
-    parser.add_argument("--cuda", action="store_true", help="build for NVIDIA GPUs, with NCCL")
+    of_setup = setup_options()
+    mpi, cuda = of_setup.get("WITH_MPI") == "1", of_setup.get("ACCELERATOR") == "cuda"
+    parser.add_argument("--mpi", action="store_true", default=mpi, help="build MPI in")
+    parser.add_argument("--cuda", action="store_true", default=cuda, help="build for NVIDIA GPUs, with NCCL")
+    parser.add_argument("--out", type=Path, help="a folder for a copy of the wheel")
     options = parser.parse_args()
     try:
-        print(wheel_path(options.mpi, options.cuda))
-    except BuildError as error:
+        wheel = wheel_path(options.mpi, options.cuda)
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+            wheel = Path(shutil.copy(wheel, options.out))
+    except (BuildError, OSError) as error:
         sys.exit(f"install/horovod/wheel.py: {error}")
+    print(wheel)
 
 
 if __name__ == "__main__":

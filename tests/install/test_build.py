@@ -12,6 +12,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from types import ModuleType
+from typing import Any
 
 from tests.helpers.launch import ROOT, run
 
@@ -89,6 +90,51 @@ def test_whatever_decides_a_wheel_is_in_its_key(wheel: ModuleType, edit: Path, m
     assert all(a != b for a, b in itertools.combinations(keys, 2))
 
 
+def test_a_wheel_that_was_changed_in_the_cache_is_not_taken(wheel: ModuleType, tmp_path: Path) -> None:
+    built, kept = tmp_path / "horovod-1.whl", tmp_path / "kept"
+    built.write_text("as it was built")
+    wheel.keep(built, "{}", kept)
+    assert wheel.take(kept).read_text() == "as it was built"
+    (kept / built.name).write_text("otherwise")
+    with pytest.raises(wheel.BuildError, match="has changed since it was built"):
+        wheel.take(kept)
+
+
+def test_a_wheel_says_what_was_changed(wheel: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "horovod").mkdir()
+    wheel.label(tmp_path, sorted((ROOT / "install" / "horovod" / "edits").glob("*.patch")))
+    notice = (tmp_path / "NOTICE").read_text()
+    assert "- 01-cxx17: " in notice
+    assert "- horovod/runner/launch.py\n" in notice
+    facts: dict[str, Any] = {}
+    exec((tmp_path / "horovod" / "edits.py").read_text(), facts)
+    assert facts["FRAMEWORKS"] == wheel.installed_frameworks()
+    last = list(facts["EDITS"])[-1]
+    assert facts["VERSION"] == f"0.28.1+recipes.{int(last[:2])}"
+    # The Horovod of this environment is the one of these edits.
+    printed = run(["horovodrun", "--check-build"]).stdout
+    assert f"Horovod v{facts['VERSION']}:" in printed
+    assert f"    {last} {facts['EDITS'][last]}\n" in printed
+
+
+def test_only_packages_with_known_hashes_are_installed(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    pins = setup.locked()
+    assert all("--hash=sha256:" in line for line in pins.values())
+    calls = []
+    monkeypatch.setattr(setup, "pip_install", lambda *arguments: calls.append(arguments))
+    (numpy,) = {pin for pin in pins if pin.startswith("numpy==2.4")}
+    setup.install_locked([numpy])
+    assert "--require-hashes" in calls[0]
+    with pytest.raises(SystemExit, match=r"no hash of numpy==0\.0"):
+        setup.install_locked(["numpy==0.0"])
+
+
+@pytest.mark.parametrize("value", ["no-such.whl", "ftp://x/a.whl", "https://x/a.tar.gz", __file__])
+def test_what_is_no_wheel_is_refused(value: str, setup: ModuleType) -> None:
+    with pytest.raises(SystemExit, match=f"HOROVOD_WHEEL={re.escape(value)}: neither a wheel's file nor its"):
+        setup.read_options([f"HOROVOD_WHEEL={value}"], {})
+
+
 def test_only_a_build_for_gpus_hears_of_cuda(wheel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOROVOD_GPU_OPERATIONS", "NCCL")
     monkeypatch.setenv("HOROVOD_CUDA_HOME", "folder")
@@ -158,7 +204,10 @@ def make(*words: str, path: str | None = None) -> tuple[int, str]:
 def test_make_refuses_a_variable_that_it_does_not_know(target: str) -> None:
     status, output = make("-n", target, "FRAMWORKS=torch", "NP=3")
     assert status == 2
-    assert "FRAMWORKS=torch: not an option; choose from FRAMEWORKS ACCELERATOR WITH_MPI TORCH_INDEX PYTHON" in output
+    assert (
+        "FRAMWORKS=torch: not an option; choose from FRAMEWORKS ACCELERATOR WITH_MPI TORCH_INDEX HOROVOD_WHEEL PYTHON"
+        in output
+    )
     assert len(output.splitlines()) == 1
 
 
@@ -172,7 +221,7 @@ def test_make_takes_the_variables_that_it_lists() -> None:
 def test_make_says_that_it_found_no_python(tmp_path: Path) -> None:
     status, output = make("setup", path=str(tmp_path))
     assert status == 2
-    assert "PYTHON=python3.11: no Python that runs; " in output
+    assert "no Python that runs; the setup needs Python 3.10 to 3.13" in output
     assert "make setup PYTHON=/path/to/python3.11" in output
     assert len(output.splitlines()) == 1
 

@@ -163,3 +163,9 @@ def test_an_elastic_job_survives_a_killed_rank(tmp_path: Path) -> None:
                "--host-discovery-script", hosts, sys.executable, "-m", "tests.helpers.elastic_job"]
     result = run(command)
     assert (result.returncode, "1 rank counted to 20" in result.stdout) == (0, True), result.stdout
+
+
+@pytest.mark.skipif("tf" not in FRAMEWORKS, reason="TensorFlow is not installed")
+def test_keras_3_trains_with_horovods_own_keras_api(tmp_path: Path) -> None:
+    result = horovodrun(2, "-m", "tests.helpers.keras_job", tmp_path)
+    assert (result.returncode, result.stdout.count("all as promised")) == (0, 2), result.stdout
