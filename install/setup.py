@@ -27,7 +27,6 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
-PIP = (str(PYTHON), "-m", "pip", "install", "-qq", "--disable-pip-version-check")
 PYTHONS = [(3, minor) for minor in (10, 11, 12, 13)]
 LOCK = ROOT / "install" / "constraints.txt"
 STATE = VENV / "setup.json"
@@ -152,9 +151,14 @@ def run(*command: str | Path, problem: str = "") -> None:
         sys.exit(problem or f"make setup: this step failed: {' '.join(map(str, command))}\n{result.stdout}")
 
 
+def pip() -> tuple[str, ...]:
+    """The command that installs into .venv."""
+    return str(PYTHON), "-m", "pip", "install", "-qq", "--disable-pip-version-check"
+
+
 def pip_install(*arguments: str, problem: str = "") -> None:
     """Installs into .venv."""
-    run(*PIP, *arguments, problem=problem)
+    run(*pip(), *arguments, problem=problem)
 
 
 def locked() -> dict[str, str]:
@@ -182,7 +186,7 @@ def resolve(requirement: str) -> list[str]:
         file.write(re.sub(r" *\\\n +--hash=\S+", "", LOCK.read_text()))
         file.flush()
         looking = ("--dry-run", "--report", "-", "--no-build-isolation", "-c", file.name, requirement)
-        result = subprocess.run([*PIP, *looking], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        result = subprocess.run([*pip(), *looking], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if result.returncode:
         sys.exit("make setup: pip found no packages that fit together; the reason stands above")
     found = [package for package in json.loads(result.stdout)["install"] if "dir_info" not in package["download_info"]]
