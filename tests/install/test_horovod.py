@@ -165,6 +165,21 @@ def test_an_elastic_job_survives_a_killed_rank(tmp_path: Path) -> None:
     assert (result.returncode, "1 rank counted to 20" in result.stdout) == (0, True), result.stdout
 
 
+def test_ranks_run_a_function_of_a_program() -> None:
+    result = run([sys.executable, "-m", "tests.helpers.run_function"])
+    assert "static [3, 13]\nelastic [5, 15]\n" in result.stdout, result.stdout
+
+
+def test_a_host_that_cannot_be_is_refused_in_a_line() -> None:
+    result = run(["horovodrun", "-np", "2", "-H", "[::1]:2", "true"])
+    assert result.stdout.splitlines() == [
+        "horovodrun: host [::1]:2: not of the form name:slots, such as worker-0:2,worker-1:2. IPv6 addresses are not "
+        "supported: give a name that resolves to an IPv4 address."
+    ]
+    result = run(["horovodrun", "-np", "2", "--network-interfaces", "none", "true"])
+    assert result.stdout.startswith("horovodrun: --network-interfaces none: all processes are on this host")
+
+
 @pytest.mark.skipif("tf" not in FRAMEWORKS, reason="TensorFlow is not installed")
 def test_keras_3_trains_with_horovods_own_keras_api(tmp_path: Path) -> None:
     result = horovodrun(2, "-m", "tests.helpers.keras_job", tmp_path)
