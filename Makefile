@@ -34,7 +34,7 @@ ARGS ?=
 SECONDS ?= 60
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: help setup train test wheel stress upstream-tests lint bench clean
+.PHONY: help setup train test wheel wheel-check stress upstream-tests lint bench clean
 
 help: ## list the targets and the options
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -53,6 +53,9 @@ test: setup ## set up and run all tests
 wheel: setup ## Horovod's wheel for the frameworks of .venv, into the folder out
 	$(if $(out),,$(error out=: name the folder for the wheel: make wheel out=FOLDER))
 	$(IN_VENV) python install/horovod/wheel.py --out '$(out)'
+
+wheel-check: setup ## the wheel alone, in a new environment: it averages in PyTorch and in Keras
+	$(IN_VENV) python install/horovod/check_wheel.py
 
 stress: setup ## all of Horovod's operations at once, on 2, 3 and 4 ranks, through memory and sockets
 	@case '$(SECONDS)' in ''|*[!0-9]*) echo 'SECONDS=$(SECONDS): not a whole number' >&2; exit 2;; esac
