@@ -1,8 +1,8 @@
-"""Tries the wheel of this environment as others get it: alone, in a new environment with its frameworks. `make wheel-check`.
+"""Tries the wheel of this environment as others get it: alone, in a new environment. `make wheel-check` calls this.
 
-The frameworks come from pip, in the versions of this environment. Then `horovodrun --check-build`, and under `horovodrun
--np 2` Horovod's own optimizers for PyTorch and for Keras: the ranks must have equal weights, and other ones than a rank
-alone would have.
+The frameworks come from pip, in the versions of this environment. Then `horovodrun --check-build` says what the wheel is,
+and under `horovodrun -np 2` Horovod's own optimizers for PyTorch and for Keras leave equal weights on ranks whose gradients
+differ.
 
     python install/horovod/check_wheel.py
 """
@@ -68,7 +68,7 @@ def frameworks() -> dict[str, str]:
 
 def main() -> None:
     """Command line entry."""
-    command = [sys.executable, HERE / "wheel.py"]
+    command = [sys.executable, str(HERE / "wheel.py")]
     wheel = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
