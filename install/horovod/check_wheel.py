@@ -1,8 +1,8 @@
 """Tries the wheel of this environment as others get it: alone, in a new environment. `make wheel-check` calls this.
 
-The frameworks come from pip, in the versions of this environment. Then `horovodrun --check-build` says what the wheel is,
-and under `horovodrun -np 2` Horovod's own optimizers for PyTorch and for Keras leave equal weights on ranks whose gradients
-differ.
+The frameworks come from pip, in the versions of this environment. Then `horovodrun --check-build` says what the wheel
+is, and under `horovodrun -np 2` Horovod's own optimizers for PyTorch and for Keras leave equal weights on ranks whose
+gradients differ.
 
     python install/horovod/check_wheel.py
 """
