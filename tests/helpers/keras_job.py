@@ -51,7 +51,9 @@ def fit(make_optimizer: type[keras.optimizers.Optimizer], folder: Path) -> None:
     inputs, targets = part()
     callbacks = [hvd_keras.callbacks.BroadcastGlobalVariablesCallback(0), hvd_keras.callbacks.MetricAverageCallback()]
     model.fit(inputs[:1], targets[:1], verbose=0, callbacks=callbacks)
-    model.compile(hvd_keras.DistributedOptimizer(make_optimizer(0.05)), "mse")
+    # A schedule is saved as it is, and two groups reduce what one would.
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.05, 1, 1.0)
+    model.compile(hvd_keras.DistributedOptimizer(make_optimizer(schedule), groups=2), "mse")
     history = model.fit(
         inputs, targets, batch_size=EXAMPLES // hvd.size(), epochs=1, shuffle=False, verbose=0, callbacks=callbacks[1:]
     )
@@ -83,6 +85,8 @@ def refusals() -> None:
     """What Keras 3 does in another way is refused with the remedy."""
     with pytest.raises(ValueError, match="gradient_accumulation_steps=4"):
         hvd_keras.DistributedOptimizer(keras.optimizers.SGD(), backward_passes_per_step=4)
+    with pytest.raises(ValueError, match="number of groups"):
+        hvd_keras.DistributedOptimizer(keras.optimizers.SGD(), groups=[[]])
     with pytest.raises(ValueError, match="already"):
         hvd_keras.DistributedOptimizer(hvd_keras.DistributedOptimizer(keras.optimizers.SGD()))
     model = small_model(1)
@@ -93,6 +97,25 @@ def refusals() -> None:
     warmup = hvd_keras.callbacks.LearningRateWarmupCallback(0.1, warmup_epochs=1, momentum_correction=False)
     model.fit(*part(), batch_size=4, verbose=0, callbacks=[warmup])
     assert abs(float(model.optimizer.learning_rate) - 0.1) < 1e-6
+
+
+def half_precision() -> None:
+    """An overflow on one rank makes all ranks skip the step, where the loss is scaled outside of the average."""
+    keras.config.set_dtype_policy("mixed_float16")
+    model = small_model(1)
+    model.compile(hvd_keras.DistributedOptimizer(keras.optimizers.SGD(0.05)), "mse")
+    with pytest.raises(ValueError, match="LossScaleOptimizer"):
+        model.fit(*part(), verbose=0)
+    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.05))
+    model.compile(hvd_keras.DistributedOptimizer(scaled), "mse")
+    inputs, targets = part()
+    inputs[3] *= 1e6 if hvd.rank() == 1 else 1
+    model.fit(inputs, targets, batch_size=4, shuffle=False, verbose=0)
+    state = [keras.ops.convert_to_numpy(value) for value in (*model.weights, *model.optimizer.variables)]
+    for of_rank in hvd.allgather_object(state):
+        for mine, other in zip(state, of_rank, strict=True):
+            np.testing.assert_array_equal(mine, other)
+    assert np.isfinite(state[0]).all()
 
 
 def check(weights: list[np.ndarray], right: list[np.ndarray]) -> None:
@@ -109,4 +132,5 @@ if __name__ == "__main__":
         fit(kind, of_kind)
     tape()
     refusals()
+    half_precision()
     print("all as promised", flush=True)

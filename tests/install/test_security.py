@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,6 +78,23 @@ def test_a_rank_that_does_not_encrypt_is_refused(rank: int) -> None:
     result = horovodrun(2, "-c", f"{start}; import horovod.torch as hvd; hvd.init(); print('together')")
     assert "together" not in result.stdout
     assert (result.returncode != 0, "handshake" in result.stdout) == (True, True), result.stdout
+
+
+def test_connections_that_say_nothing_hold_up_nobody() -> None:
+    from horovod.runner.common.util.network import BasicService
+    from horovod.runner.http.http_client import send_request
+    from horovod.runner.http.http_server import RendezvousServer
+
+    server, service = RendezvousServer(), BasicService("a service", bytes(32), "lo")
+    places = (("127.0.0.1", server.start(address="127.0.0.1")), ("127.0.0.1", service.get_port()))
+    server.init([])
+    with ExitStack() as silent:
+        for number in range(600):
+            silent.enter_context(socket.create_connection(places[number % 2])).sendall(b"GET ")
+        send_request("PUT", *places[0], "scope", "name", b"value", server.key)
+        assert send_request("GET", *places[0], "scope", "name", key=server.key) == b"value"
+        service.shutdown()
+        server.stop()
 
 
 def job(folder: Path, *options: str) -> list[object]:
