@@ -11,6 +11,7 @@ with MPI, MPI's shared memory is a variant, too.
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -109,6 +110,7 @@ def launch(variant: str, num_ranks: int, repeats: int) -> dict[str, float]:
     command = ["horovodrun", *options, "-np", str(num_ranks), sys.executable, "-m", "benchmarks.collectives"]
     command += ["--on-rank", variant, "--repeats", str(repeats)]
     output = subprocess.run(command, env=os.environ | variables, check=True, capture_output=True, text=True).stdout
+    output = re.sub(r"\[\d+,\d+\]<stdout>:", "", output)  # mpirun's marks, also within a line
     row: dict[str, float] = json.loads(output.partition("row ")[2].splitlines()[0])
     return row
 
