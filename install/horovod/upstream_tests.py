@@ -31,7 +31,6 @@ EXPECTED: dict[str, tuple[str, dict[str, str]]] = {
         "tensorflow",
         {
             "test_horovod_syncbn_cpu": KERAS_2,
-            "test_model_parallel_model": KERAS_2,
             "test_partial_distributed_gradient_tape": KERAS_2,
         },
     ),
