@@ -55,7 +55,7 @@ wheel: setup ## Horovod's wheel for the frameworks of .venv, into the folder out
 	$(IN_VENV) python install/horovod/wheel.py --out '$(out)'
 
 wheel-check: setup ## the wheel alone, in a new environment: it averages in PyTorch and in Keras
-	$(IN_VENV) python install/horovod/check_wheel.py
+	$(IN_VENV) python -m install.horovod.check_wheel
 
 stress: setup ## all of Horovod's operations at once, on 2, 3 and 4 ranks, through memory and sockets
 	@case '$(SECONDS)' in ''|*[!0-9]*) echo 'SECONDS=$(SECONDS): not a whole number' >&2; exit 2;; esac

@@ -30,7 +30,14 @@ PYTHON = VENV / "bin" / "python"
 PYTHONS = [(3, minor) for minor in (10, 11, 12, 13)]
 LOCK = ROOT / "install" / "constraints.txt"
 STATE = VENV / "setup.json"
-FILES = ("setup.py", "constraints.txt", "horovod/sdist.txt", "horovod/*.py", "horovod/edits/*.patch")
+FILES = (
+    "setup.py",
+    "constraints.txt",
+    "horovod/sdist.txt",
+    "horovod/README.md",
+    "horovod/*.py",
+    "horovod/edits/*.patch",
+)
 CHOICES = {
     "FRAMEWORKS": ("torch,tf", "torch", "tf"),
     "ACCELERATOR": ("cpu", "cuda"),
@@ -217,9 +224,9 @@ def install_packages(extras: list[str], index: str) -> None:
     pip_install("--no-deps", "--no-build-isolation", "--editable", ".")
 
 
-def build_wheel(progress: Progress, *options: str) -> str:
+def build_wheel(progress: Progress) -> str:
     """Builds Horovod's wheel, unless the cache has it, and returns its path."""
-    command = [str(PYTHON), "install/horovod/wheel.py", *options]
+    command = [str(PYTHON), "install/horovod/wheel.py"]  # which reads the options of .venv in its setup.json
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as build:
         line = ""
         for line in build.stdout or ():  # the phases, and last the path
@@ -278,7 +285,7 @@ def fill(options: dict[str, str], progress: Progress) -> None:
     install_packages(["build", "dev", *of_frameworks, *["mpi"] * mpi], options["TORCH_INDEX"])
     wheel = options["HOROVOD_WHEEL"]
     if wheel == "build":
-        wheel = build_wheel(progress, *["--mpi"] * mpi, *["--cuda"] * cuda)
+        wheel = build_wheel(progress)
     progress.begin("install")
     pip_install("--no-deps", wheel, problem=f"HOROVOD_WHEEL={wheel}: cannot be installed with this Python")
     progress.begin("check")

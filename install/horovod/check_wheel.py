@@ -4,7 +4,7 @@ The frameworks come from pip, in the versions of this environment. Then `horovod
 is, and under `horovodrun -np 2` Horovod's own optimizers for PyTorch and for Keras leave equal weights on ranks whose
 gradients differ.
 
-    python install/horovod/check_wheel.py
+    python -m install.horovod.check_wheel
 """
 
 import subprocess
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-HERE = Path(__file__).parent
+from install.horovod.wheel import installed_frameworks, setup_options, wheel_path
 
 TORCH = """
 import horovod.torch as hvd, torch
@@ -61,21 +61,21 @@ def check(command: Sequence[object], expected: str) -> None:
 
 def frameworks() -> dict[str, str]:
     """Those of this environment: distribution -> version without its build."""
-    names = ("torch", "tensorflow", "tensorflow-cpu", "keras")
-    installed = {dist.metadata["Name"].lower().replace("_", "-") for dist in metadata.distributions()}
-    return {name: metadata.version(name).partition("+")[0] for name in names if name in installed}
+    installed = installed_frameworks()
+    if any(name.startswith("tensorflow") for name in installed):
+        installed["keras"] = metadata.version("keras")
+    return {name: version.partition("+")[0] for name, version in installed.items()}
 
 
 def main() -> None:
     """Command line entry."""
-    command = [sys.executable, str(HERE / "wheel.py")]
-    wheel = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+    wheel = wheel_path(*setup_options())
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         tools = Path(folder) / "bin"
         pins = [f"{name}=={version}" for name, version in frameworks().items()]
         subprocess.run([tools / "python", "-m", "pip", "install", "-q", *pins, wheel], check=True, cwd=folder)
-        check([tools / "horovodrun", "--check-build"], Path(wheel).name.split("-")[1])
+        check([tools / "horovodrun", "--check-build"], wheel.name.split("-")[1])
         for name, script in (("torch", TORCH), ("keras", KERAS)):
             if name in frameworks():
                 check([tools / "horovodrun", "-np", "2", tools / "python", "-c", script], f"{name} averages")

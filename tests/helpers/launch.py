@@ -62,6 +62,14 @@ def horovodrun(
     return run([*launcher, sys.executable, *arguments], timeout, env, cwd)
 
 
+def elastic_options(folder: Path, min_ranks: int) -> list[str]:
+    """The launcher's options of an elastic job on two names for this host, as one that lost a rank is used no more."""
+    hosts = folder / "hosts.sh"
+    hosts.write_text("#!/bin/sh\necho localhost:1\necho 127.0.0.1:1\n")
+    hosts.chmod(0o755)
+    return ["--min-np", str(min_ranks), "--network-interfaces", "lo", "--host-discovery-script", str(hosts)]
+
+
 def kill_when(
     ready: Callable[[], bool], num_ranks: int, *arguments: str | Path, signal_number: int = signal.SIGKILL
 ) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.helpers.launch import BIN, FRAMEWORKS, ROOT, horovodrun, run
+from tests.helpers.launch import BIN, FRAMEWORKS, ROOT, elastic_options, horovodrun, run
 
 import psutil
 import pytest
@@ -154,14 +154,8 @@ def test_a_scope_of_the_rendezvous_is_cleared_by_its_own_ranks() -> None:
 
 @needs_torch
 def test_an_elastic_job_survives_a_killed_rank(tmp_path: Path) -> None:
-    hosts = tmp_path / "hosts.sh"
-    # Two names for this host, as one that lost a rank is used no more.
-    hosts.write_text("#!/bin/sh\necho localhost:1\necho 127.0.0.1:1\n")
-    hosts.chmod(0o755)
-    # fmt: off
-    command = ["horovodrun", "--gloo", "-np", "2", "--min-np", "1", "--max-np", "2", "--network-interfaces", "lo",
-               "--host-discovery-script", hosts, sys.executable, "-m", "tests.helpers.elastic_job"]
-    result = run(command)
+    options = [*elastic_options(tmp_path, 1), "--max-np", "2"]
+    result = horovodrun(2, "-m", "tests.helpers.elastic_job", options=options)
     assert (result.returncode, "1 rank counted to 20" in result.stdout) == (0, True), result.stdout
 
 

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from install.horovod.wheel import apply_edits, fetch_sdist
-from tests.helpers.attacks import ATTACKS
-from tests.helpers.launch import BIN, FRAMEWORKS, ROOT, horovodrun, run
+from tests.helpers.attacks import ATTACKS, PASSWORD
+from tests.helpers.launch import BIN, FRAMEWORKS, ROOT, elastic_options, horovodrun, run
 
 import psutil
 import pytest
 
-PASSWORD = "a-password-that-nobody-may-see"
 NUM_REQUESTS = 10_000
 
 
@@ -103,14 +102,6 @@ def job(folder: Path, *options: str) -> list[object]:
     return ["horovodrun", "--gloo", "-np", "2", *options, *ranks]
 
 
-def elastic_options(folder: Path) -> list[str]:
-    """Two names for this host."""
-    hosts = folder / "hosts.sh"
-    hosts.write_text("#!/bin/sh\necho localhost:1\necho 127.0.0.1:1\n")
-    hosts.chmod(0o755)
-    return ["--min-np", "2", "--network-interfaces", "lo", "--host-discovery-script", str(hosts)]
-
-
 class Seen(NamedTuple):
     """What anybody can see of a process, and the secret that it has."""
 
@@ -137,7 +128,7 @@ def look_at(launcher: subprocess.Popen[str], folder: Path) -> list[Seen]:
 @pytest.mark.skipif("torch" not in FRAMEWORKS, reason="torch is not installed")
 @pytest.mark.parametrize("kind", ["static", "elastic"])
 def test_strangers_find_nothing_and_disturb_nothing(kind: str, tmp_path: Path) -> None:
-    command = job(tmp_path, *(elastic_options(tmp_path) if kind == "elastic" else ()))
+    command = job(tmp_path, *(elastic_options(tmp_path, 2) if kind == "elastic" else ()))
     # A word that horovodrun sends to all hosts, and one that it does not.
     env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "NCCL_PASSWORD": PASSWORD, "PASSWORD": PASSWORD}
     with subprocess.Popen(
