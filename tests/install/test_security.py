@@ -79,6 +79,14 @@ def test_a_rank_that_does_not_encrypt_is_refused(rank: int) -> None:
     assert (result.returncode != 0, "handshake" in result.stdout) == (True, True), result.stdout
 
 
+@pytest.mark.skipif("torch" not in FRAMEWORKS, reason="torch is not installed")
+def test_a_misspelt_wish_for_encryption_is_not_taken_for_none() -> None:
+    start = "import horovod.torch as hvd; hvd.init(); print('together')"
+    result = horovodrun(2, "-c", start, env={"HOROVOD_GLOO_TLS": "true"})
+    assert "together" not in result.stdout
+    assert (result.returncode != 0, "HOROVOD_GLOO_TLS=true: must be 0 or 1" in result.stdout) == (True, True)
+
+
 def test_connections_that_say_nothing_hold_up_nobody() -> None:
     from horovod.runner.common.util.network import BasicService
     from horovod.runner.http.http_client import send_request
