@@ -166,6 +166,10 @@ def memory(hvd: Any, tensor: Any) -> None:
                 np.testing.assert_allclose(target.numpy(), expected, rtol=3e-7)
                 alike = hvd.allgather(target[None], name="alike")
                 assert (alike == target).all()
+    halves = hvd.shared_memory(2 * 100_000)
+    if halves is not None:
+        values = torch.from_numpy(halves).view(torch.bfloat16).fill_(rank + 1.0)
+        assert (hvd.allreduce_(values, op=hvd.Sum, name="bf16 in place") == size * (size + 1) / 2).all()
     freed = hvd.shared_memory(1 << 20)
     if freed is not None:
         freed[:] = 1
