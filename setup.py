@@ -7,7 +7,7 @@ beside common/ could be that of another project. (The environment is made by ins
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["common", "common.*", "recipes", "recipes.*"]), "common.conf"],
+    packages=[*find_packages(include=["common", "common.*", "horovod_recipes", "recipes", "recipes.*"]), "common.conf"],
     package_dir={"common.conf": "conf"},
     package_data={"": ["py.typed"], "common.conf": ["*.yaml", "*/*.yaml"]},
     options={"build": {"build_base": ".build_cache"}},  # a hidden folder that `make clean` removes

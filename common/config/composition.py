@@ -166,6 +166,11 @@ def option(group: str, name: str) -> Any:
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
 
 
+def option_names(group: str, without: Sequence[str] = ()) -> list[str]:
+    """The names of a group's options in conf/."""
+    return sorted({path.stem for path in (CONF / group).glob("*.yaml")} - set(without))
+
+
 def _register_schemas() -> None:
     """Registers the dataclasses with Hydra under the names that conf/ uses."""
     for group, schemas in _SCHEMAS.items():

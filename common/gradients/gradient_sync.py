@@ -7,11 +7,13 @@ Both bindings have the same two siblings behind the protocol GradientSync: Allre
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, Protocol
 
+from common.config.composition import option, option_names
 from common.config.schema import CompressionConfig, LossyConfig, OnNonfinite, ReduceOp, RunConfig
 from common.distributed.topology import Topology
+from common.errors import ConfigError
 from common.gradients.bucketing import BUCKET_BYTES, Bucket
 from common.gradients.compression import local_clip_norm
 from common.gradients.loss_scale import LossScale
@@ -33,6 +35,7 @@ class SyncOptions:
         measure_noise: also measures the squared norms that the gradient noise scale needs.
         skip_nonfinite: checks for losses and gradients that are not finite and reports them in StepMetrics.overflow.
         bucket_bytes: largest size of a bucket that holds several gradients.
+        name: begins the names of all messages; different for each exchange of a process.
     """
 
     compression: CompressionConfig = field(default_factory=lambda: NO_COMPRESSION)
@@ -43,6 +46,7 @@ class SyncOptions:
     measure_noise: bool = False
     skip_nonfinite: bool = False
     bucket_bytes: int = BUCKET_BYTES
+    name: str = "gradients"
 
     @classmethod
     def from_config(cls, cfg: RunConfig) -> "SyncOptions":
@@ -56,6 +60,32 @@ class SyncOptions:
             cfg.train.measures_noise,
             cfg.train.on_nonfinite is OnNonfinite.skip,
         )
+
+    @classmethod
+    def from_names(cls, compression: "str | Mapping[str, Any]", op: str, seed: int) -> "SyncOptions":
+        """The options of a script that has no RunConfig.
+
+        Args:
+            compression: a method's name (conf/compression/), or its name and values: {"name": "topk", "ratio": 0.01}.
+            op: average or adasum.
+            seed: the seed of the compressors' random numbers.
+
+        Raises:
+            ConfigError: there is no such method or value.
+        """
+        values = {"name": compression} if isinstance(compression, str) else dict(compression)
+        name, methods = values.pop("name", None), option_names("compression", without=("auto",))
+        if name not in methods:
+            raise ConfigError([f"compression={name!r}: choose from {', '.join(methods)}"])
+        if op not in ReduceOp.__members__:
+            raise ConfigError([f"op={op!r}: choose from {', '.join(ReduceOp.__members__)}"])
+        defaults = option("compression", name)
+        known = [field.name for field in fields(defaults) if field.name != "name"]
+        if unknown := sorted(set(values) - set(known)):
+            raise ConfigError([f"compression={name}, {', '.join(unknown)}: choose from {', '.join(known)}"])
+        if values.get("two_level"):
+            raise ConfigError(["compression, two_level=True: only recipes have it; use two_level=False"])
+        return cls(replace(defaults, **values), ReduceOp[op], seed=seed)
 
     @property
     def has_feedback(self) -> bool:

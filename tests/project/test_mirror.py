@@ -17,7 +17,8 @@ EAGER = "PyTorch runs actions one by one; TensorFlow compiles what it can"
 # Pattern of file and name -> why only one binding has it, or why its parameters differ.
 DIFFERENCES = {
     "data/loop.py *": "a plain loop is PyTorch's; Keras has fit",
-    "fit.py *": "PyTorch has no fit",
+    "script/*": "Keras has fit; a plain loop is PyTorch's",
+    "distributed/runtime.py broadcast_variables": "PyTorch's state has names",
     "job.py Job.__init__": "Keras sets the dtype policy before layers are made",
     "engine.py Engine.compile": EAGER,
     "distributed/runtime.py Optimizer.*": OWN_CLASS,

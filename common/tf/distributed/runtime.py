@@ -164,9 +164,21 @@ def broadcast_state(
             optimizer.build(model.trainable_variables)
     if len(ranks) == 1:
         return
-    variables = [*model.weights, *optimizer.variables, *others]
-    for dtype in {tf.as_dtype(variable.dtype): None for variable in variables}:
-        same = [variable for variable in variables if tf.as_dtype(variable.dtype) == dtype]
+    broadcast_variables([*model.weights, *optimizer.variables, *others], ranks)
+
+
+def broadcast_variables(variables: Iterable[keras.Variable | tf.Variable], ranks: Sequence[int] | None = None) -> None:
+    """Gives all ranks, or a group, the values of the first one; one message per dtype.
+
+    Args:
+        variables: with the same shapes on all ranks.
+        ranks: a group of ranks; None: all.
+    """
+    ranks = range(hvd.size()) if ranks is None else ranks
+    by_dtype: dict[tf.DType, list[Any]] = {}
+    for variable in variables:
+        by_dtype.setdefault(tf.as_dtype(variable.dtype), []).append(variable)
+    for dtype, same in by_dtype.items():
         tensors = [tf.convert_to_tensor(variable) for variable in same]
         flat = tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], axis=0)
         flat = hvd.broadcast(flat, ranks[0], name=f"state.{dtype.name}", process_set=process_set(ranks))

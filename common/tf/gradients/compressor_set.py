@@ -43,7 +43,7 @@ class CompressorSet:
         self._plain: list[Compressor] = []
         self._compressors: dict[int, Compressor] = {}  # of buckets that are not simply summed
         for number, bucket in enumerate(buckets):
-            communicator = Communicator(f"gradients.{number}", runtime.process_set(topology.group))
+            communicator = Communicator(f"{options.name}.{number}", runtime.process_set(topology.group))
             of_bucket = [shapes[index] for index in bucket.members]
             group = CompressionGroup(number, of_bucket, communicator, options.seed)
             self._plain.append(Dense(NO_COMPRESSION, group))
@@ -58,7 +58,7 @@ class CompressorSet:
 
     def _lossy(self, cfg: LossyConfig, plain: CompressionGroup) -> Compressor:
         ranks: Sequence[int] = self._topology.first_ranks_of_hosts if cfg.two_level else self._topology.group
-        communicator = Communicator(f"gradients.{plain.number}.{cfg.name}", runtime.process_set(ranks))
+        communicator = Communicator(f"{self._options.name}.{plain.number}.{cfg.name}", runtime.process_set(ranks))
         group = CompressionGroup(plain.number, plain.shapes, communicator, plain.seed)
         return compression.build(cfg, group, self._topology)
 

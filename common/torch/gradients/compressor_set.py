@@ -32,7 +32,7 @@ class CompressorSet:
         self._compressors: dict[int, Compressor] = {}  # of buckets that are not simply summed
         for number, bucket in enumerate(buckets):
             shapes = [tuple(parameters[index].shape) for index in bucket.members]
-            communicator = Communicator(f"gradients.{number}", runtime.process_set(topology.group))
+            communicator = Communicator(f"{options.name}.{number}", runtime.process_set(topology.group))
             group = CompressionGroup(number, shapes, communicator, options.seed, parameters[0].device)
             self._plain.append(Dense(NO_COMPRESSION, group))
             if bucket.method == ReduceOp.adasum.name:
@@ -46,7 +46,7 @@ class CompressorSet:
 
     def _lossy(self, cfg: LossyConfig, plain: CompressionGroup) -> Compressor:
         ranks: Sequence[int] = self._topology.first_ranks_of_hosts if cfg.two_level else self._topology.group
-        communicator = Communicator(f"gradients.{plain.number}.{cfg.name}", runtime.process_set(ranks))
+        communicator = Communicator(f"{self._options.name}.{plain.number}.{cfg.name}", runtime.process_set(ranks))
         group = CompressionGroup(plain.number, plain.shapes, communicator, plain.seed, plain.device)
         return compression.build(cfg, group, self._topology)
 

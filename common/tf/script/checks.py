@@ -1,0 +1,92 @@
+"""Checks in the first step of an epoch, which fail on all ranks before that step changes a weight."""
+
+from typing import Any
+
+from common.tf.script import part
+
+import horovod.tensorflow as hvd
+import keras
+import tensorflow as tf
+
+OTHER_BATCHES = (
+    "the ranks have read other batches than each other: call init(seed=...) before the data are made, and give each "
+    "random order in it a seed that is the same on all ranks; a dataset that is already divided among the ranks is "
+    "passed as own_batches(dataset)"
+)
+OF_WHOLE_BATCH = (
+    "a loss or metric of a batch is not the mean of those of its parts, as with Dice or the root of a mean, so that "
+    "ranks cannot compute it from parts; use one that is a mean over examples"
+)
+
+_is_first: list[tf.Variable] = []
+_suspects: list[tf.Tensor] = []
+
+
+def _first_step() -> tf.Variable:
+    if not _is_first:
+        with tf.init_scope():
+            _is_first.append(tf.Variable(True, trainable=False))
+    return _is_first[0]
+
+
+def begin_epoch() -> None:
+    """The next step is the first one of an epoch; all ranks must call it."""
+    _first_step().assign(True)
+
+
+def is_first_step() -> tf.Tensor:
+    """() bool, whether the step that runs is the first one of an epoch."""
+    return _first_step().read_value()
+
+
+def end_step() -> None:
+    """The next step is not the first one."""
+    _suspects.clear()
+    _first_step().assign(False)
+
+
+def suspect(is_of_whole_batch: tf.Tensor) -> None:
+    """Notes, () bool, whether a loss or metric of this rank's rows is not the mean of those of its halves."""
+    _suspects.append(is_of_whole_batch)
+
+
+def check_batch(data: Any) -> list[Any]:
+    """Compares the ranks' global batches; returns operations that raise InvalidArgumentError if they differ."""
+
+    def differ() -> tf.Tensor:
+        prints = hvd.allgather(_fingerprint(data)[None], name="script.batch")
+        return tf.reduce_any(prints != prints[0])
+
+    differs = tf.cond(is_first_step(), differ, lambda: tf.constant(False))
+    return _refuse_if(differs, OTHER_BATCHES)
+
+
+def check_suspects() -> list[Any]:
+    """Returns operations that raise InvalidArgumentError if a loss or metric so far is one of the whole batch."""
+    if not _suspects or part.current() is None:
+        return []
+    mine = tf.cast(tf.reduce_any(tf.stack(_suspects)), tf.float32)
+    _suspects.clear()
+
+    def found() -> tf.Tensor:
+        return hvd.allreduce(mine, op=hvd.Sum, name="script.suspects") > 0
+
+    is_wrong = tf.cond(is_first_step(), found, lambda: tf.constant(False))
+    return _refuse_if(is_wrong, OF_WHOLE_BATCH)
+
+
+def _refuse_if(condition: tf.Tensor, message: str) -> list[Any]:
+    """The operations; none if the condition was checked at once."""
+    operation = tf.debugging.assert_equal(condition, False, message)
+    return [] if operation is None else [operation]
+
+
+def _fingerprint(data: Any) -> tf.Tensor:
+    """() int64 that depends on all values of a batch."""
+    total = tf.zeros((), tf.int64)
+    for value in keras.tree.flatten(data):
+        if value is not None:
+            dense = value.flat_values if isinstance(value, tf.RaggedTensor) else value
+            dense = dense.values if isinstance(dense, tf.SparseTensor) else dense
+            total = 31 * total + tf.strings.to_hash_bucket_fast(tf.io.serialize_tensor(dense), 2**31 - 1)
+    return total

@@ -1,0 +1,1 @@
+"""Tests of common/<framework>/script and of horovod_recipes."""
