@@ -183,7 +183,9 @@ def test_keras_3_trains_with_horovods_own_keras_api(tmp_path: Path) -> None:
 def test_a_rank_that_the_launcher_terminates_keeps_its_status() -> None:
     from horovod.runner.common.util.safe_shell_exec import terminate_executor_shell_and_children
 
-    wait = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); print(flush=True); signal.pause()"
+    wait = (
+        "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); print(flush=True); signal.pause()"
+    )
     with subprocess.Popen(f"{sys.executable} -c '{wait}'; exit $?", shell=True, stdout=subprocess.PIPE) as shell:
         assert shell.stdout
         shell.stdout.readline()
