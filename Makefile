@@ -34,7 +34,7 @@ ARGS ?=
 SECONDS ?= 60
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: help setup train test wheel wheel-check stress upstream-tests lint bench clean
+.PHONY: help setup train test wheel wheel-check stress scripts upstream-tests lint bench clean
 
 help: ## list the targets and the options
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -60,6 +60,9 @@ wheel-check: setup ## the wheel alone, in a new environment: it averages in PyTo
 stress: setup ## all of Horovod's operations at once, on 2, 3 and 4 ranks, through memory and sockets
 	@case '$(SECONDS)' in ''|*[!0-9]*) echo 'SECONDS=$(SECONDS): not a whole number' >&2; exit 2;; esac
 	$(IN_VENV) STRESS_SECONDS=$(SECONDS) python -m pytest -k everything_at_once tests/install/test_horovod.py
+
+scripts: setup ## scripts of one's own on 2 and 3 ranks give what their authors get in one process
+	$(IN_VENV) SCRIPT_RANKS=2,3 python -m pytest tests/script
 
 upstream-tests: setup ## Horovod's own tests from SOURCE; says which fail, and why that is expected
 	$(if $(SOURCE),,$(error SOURCE=: name the folder of a checkout of Horovod v0.28.1))

@@ -87,6 +87,10 @@ class SyncOptions:
             raise ConfigError(["compression, two_level=True: only recipes have it; use two_level=False"])
         return cls(replace(defaults, **values), ReduceOp[op], seed=seed)
 
+    def named(self, name: str) -> "SyncOptions":
+        """The same options with another name."""
+        return replace(self, name=name)
+
     @property
     def has_feedback(self) -> bool:
         """Whether a rank adds its compression error to its next gradients."""

@@ -1,8 +1,9 @@
 """Configurations of compressors."""
 
+import os
 from typing import Any
 
-from common.config.composition import option
+from common.config.composition import option, option_names
 
 
 def method(name: str, **changes: Any) -> Any:
@@ -12,3 +13,8 @@ def method(name: str, **changes: Any) -> Any:
         if name != "none":
             setattr(cfg, key, value)
     return cfg
+
+
+def of_scripts() -> list[str]:
+    """The methods with which scripts of one's own are tested; all of them in `make scripts`."""
+    return option_names("compression", without=("auto",)) if "SCRIPT_RANKS" in os.environ else ["dgc", "powersgd"]

@@ -16,8 +16,7 @@ OWN_CLASS = "follows the framework's own base class"
 EAGER = "PyTorch runs actions one by one; TensorFlow compiles what it can"
 # Pattern of file and name -> why only one binding has it, or why its parameters differ.
 DIFFERENCES = {
-    "data/loop.py *": "a plain loop is PyTorch's; Keras has fit",
-    "script/*": "Keras has fit; a plain loop is PyTorch's",
+    "script/*": "Keras has fit and callbacks; a loop in PyTorch has a loader",
     "distributed/runtime.py broadcast_variables": "PyTorch's state has names",
     "job.py Job.__init__": "Keras sets the dtype policy before layers are made",
     "engine.py Engine.compile": EAGER,
@@ -30,7 +29,8 @@ DIFFERENCES = {
     "distributed/messages.py Incoming.device": "PyTorch's tensors name their device",
     "gradients/allreduce.py AllreduceSync.prepare_for_backward": "backward itself sends in PyTorch; see accept",
     "gradients/allreduce.py AllreduceSync.accept": "backward returns gradients in TensorFlow",
-    "gradients/allreduce.py AllreduceSync.gradients": IN_PLACE,
+    "gradients/allreduce.py AllreduceSync.close": "hooks of backward; a graph has none",
+    "gradients/allreduce.py AllreduceSync.names": "Keras' variables are known by their order",
     "gradients/allreduce.py AllreduceSync.rebuild": "a traced graph has its weights for good",
     "gradients/allreduce.py AllreduceSync.load": IN_PLACE,
     "gradients/allreduce.py AllreduceSync.variables": IN_PLACE,

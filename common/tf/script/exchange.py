@@ -1,6 +1,5 @@
 """Gives Keras' optimizers the gradients of all ranks."""
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -124,7 +123,7 @@ class GradientExchange:
         if key not in self._syncs:
             name = f"{self._name}.{len(self._syncs)}"
             with tf.init_scope():  # its variables outlive the graph
-                self._syncs[key] = AllreduceSync(grads, self._topology, dataclasses.replace(self._options, name=name))
+                self._syncs[key] = AllreduceSync(grads, self._topology, self._options.named(name))
         sync, of_step = self._syncs[key], part.current()
         share = of_step.share(tf.float32) if of_step else 1 / self._topology.world_size
         sync.accept(grads, tf.zeros(()), tf.zeros((), tf.bool), share)

@@ -1,5 +1,6 @@
 """Runs a step on this rank's rows of a global batch, so that its result is the one of a single rank."""
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from common.tf.script.part import Part
 import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
+
+_numbers = itertools.count()
 
 
 class Ranks:
@@ -37,7 +40,7 @@ class Ranks:
         """Gives optimizers the gradients of all ranks."""
         for optimizer in optimizers:
             if id(optimizer) not in self._exchanges:
-                name = f"script.{len(self._exchanges)}"
+                name = f"script.{next(_numbers)}"
                 self._exchanges[id(optimizer)] = GradientExchange(
                     optimizer, self._topology, self._options, name, checks.check_suspects
                 )

@@ -173,7 +173,8 @@ def broadcast_state(
     if len(ranks) == 1:
         return
     state = [value for values in _states(optimizer) for value in values.values() if isinstance(value, Tensor)]
-    tensors = [*model.state_dict().values(), *state, *others]
+    weights = [value for value in model.state_dict().values() if isinstance(value, Tensor)]  # others: extra state
+    tensors = [*weights, *state, *others]
     for dtype in {tensor.dtype: None for tensor in tensors}:
         same = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.flatten() for tensor in same])
@@ -250,7 +251,8 @@ def assert_weights_in_sync(model: nn.Module, groups: Sequence[Sequence[int]] | N
     """
     digest = hashlib.sha256()
     for tensor in model.state_dict().values():
-        digest.update(tensor.cpu().numpy().tobytes())
+        if isinstance(tensor, Tensor):
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return consensus.assert_weights_in_sync_in_groups(
         digest.hexdigest(), groups or [range(hvd.size())], allgather_object
     )

@@ -76,6 +76,20 @@ class AllreduceSync(Allreduce):
             for index, tensor in tensors.items():
                 tensor.copy_(old.get(self._exchange.parameters[index], tensor))
 
+    def close(self) -> None:
+        """Lets the parameters go, so that another exchange can have them."""
+        self._exchange.remove_hooks()
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the trained parameters, by their index."""
+        return [name for name, parameter in self._named.items() if parameter in set(self._exchange.parameters)]
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """After synchronize(), the sums: one tensor per bucket, or one per parameter if there are no buckets."""
+        return self._exchange.values
+
     @property
     def buckets(self) -> Sequence[Bucket]:
         """The vectors in which gradients are exchanged."""
@@ -98,7 +112,7 @@ class AllreduceSync(Allreduce):
         self._exchange.buffers.scalars.zero_()
 
     def prepare_for_backward(
-        self, loss: Tensor | float = 0.0, stop: bool = False, local_batch_fraction: float = 0.0
+        self, loss: Tensor | float = 0.0, stop: bool = False, local_batch_fraction: float = 0.0, scale: float = 1.0
     ) -> None:
         """Lets the next backward, the last one of the step, send each bucket as soon as its gradients are finished.
 
@@ -107,8 +121,9 @@ class AllreduceSync(Allreduce):
             stop: whether this rank was asked to stop.
             local_batch_fraction: this rank's fraction of the examples of the global batch; needed for the noise scale
                 and adasum.
+            scale: factor on this rank's gradients before they are summed.
         """
-        self._exchange.begin(loss, stop, local_batch_fraction)
+        self._exchange.begin(loss, stop, local_batch_fraction, scale)
 
     def clip_norm(self, max_norm: float) -> None:
         """Scales the summed gradients down to a global L2 norm of max_norm if theirs is larger; 0: no clipping.

@@ -70,7 +70,7 @@ class BucketExchange:
             for index, number in sorted(self.buffers.bucket_of.items())
         ]
         self._exchanges = Exchanges()
-        self._is_last_backward, self._local_batch_fraction = False, 0.0
+        self._is_last_backward, self._local_batch_fraction, self._scale = False, 0.0, 1.0
         self._unfinished: list[set[int]] = []  # for each bucket, the gradients that the last backward has not finished
         self._sent: set[int] = set()
         self._changed_late: set[int] = set()  # gradients that backward changed after their bucket was sent
@@ -85,13 +85,13 @@ class BucketExchange:
         """All gradients: one tensor per bucket, or one per parameter if there are no buckets."""
         return self.buffers.values or [each.grad for each in self.parameters if each.grad is not None]
 
-    def begin(self, loss: Tensor | float, stop: bool, local_batch_fraction: float) -> None:
+    def begin(self, loss: Tensor | float, stop: bool, local_batch_fraction: float, scale: float) -> None:
         """Lets the next backward send each bucket; for the arguments see AllreduceSync.prepare_for_backward()."""
         scalars = self.buffers.scalars
         scalars[0], scalars[1] = loss, float(stop)
         if self._options.finds_nonfinite:
             scalars[3] += float(not math.isfinite(loss))
-        self._local_batch_fraction = local_batch_fraction
+        self._local_batch_fraction, self._scale = local_batch_fraction, scale
         self._unfinished = [set(bucket.members) for bucket in self.buckets]
         self._is_last_backward = True
 
@@ -142,6 +142,10 @@ class BucketExchange:
 
     def _send(self, number: int) -> None:
         values, scalars, fraction = self.buffers.values[number], self.buffers.scalars, self._local_batch_fraction
+        if not self._scale:
+            values.zero_()  # also where a value is not finite
+        elif self._scale != 1:
+            values *= self._scale
         if self._options.finds_nonfinite:
             scalars[3] += self._scaler.unscale([values])
         if self._options.measure_noise and fraction:

@@ -1,1 +1,0 @@
-"""Data loading for user-written training loops. With PyTorch."""

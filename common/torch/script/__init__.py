@@ -1,0 +1,1 @@
+"""Data-parallel training for PyTorch loops of your own (docs/your-own-script.md)."""

@@ -1,0 +1,146 @@
+"""A DataLoader whose batches are this rank's rows of those that the author's loader gives."""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from common.distributed.topology import Topology
+from common.torch.script import part
+from common.torch.script.part import Part
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+
+class Epochs(Protocol):
+    """What a loader needs of its run."""
+
+    def begin_epoch(self) -> None:
+        """All ranks take rank 0's state of the random generator."""
+
+    def check_order(self, batches: list[list[int]]) -> None:
+        """Compares the ranks' orders of the examples."""
+
+    def begin_batch(self, of_step: Part) -> None:
+        """Called when a batch is given."""
+
+    def end_epoch(self, is_training: bool) -> None:
+        """Called when all batches were given."""
+
+
+class RankLoader:
+    """This rank's rows of each global batch of a DataLoader, in the author's order.
+
+    The ranks' parts of a batch differ by at most one row. A rank without a row gets another rank's row, which does not
+    count; while gradients are switched off, it gets no batch. A rank reads only its rows; of a stream, all.
+
+    Args:
+        loader: the author's loader; other attributes of this object are its.
+        topology: the place of this rank.
+        run: what else happens at the begin and end of epochs and batches.
+    """
+
+    def __init__(self, loader: DataLoader[Any], topology: Topology, run: Epochs) -> None:
+        self._loader, self._topology, self._run = loader, topology, run
+        self._parts: deque[Part] = deque()
+        self._num_given, self._skipped = 0, 0
+        self._at_begin = torch.get_rng_state()
+        self._restored: dict[str, Any] = {}
+        is_stream = isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None
+        self._inner = None if is_stream else self._with_rows()
+
+    def __len__(self) -> int:
+        """The number of global batches."""
+        return len(self._loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._run.begin_epoch()
+        if self._restored:
+            torch.set_rng_state(self._restored["at_begin"])
+        self._at_begin = torch.get_rng_state()
+        self._parts.clear()
+        is_training = torch.is_grad_enabled()
+        self._skipped, self._num_given = self._restored.get("num_given", 0), self._restored.get("num_given", 0)
+        batches = iter(self._inner) if self._inner is not None else self._cut(iter(self._loader))
+        for batch in batches:
+            if self._restored:
+                torch.set_rng_state(self._restored.pop("now"))
+                self._restored = {}
+            of_step = self._parts.popleft()
+            self._num_given += 1
+            if of_step.is_empty and not is_training:
+                continue
+            self._run.begin_batch(of_step)
+            yield batch
+        self._run.end_epoch(is_training)
+        self._num_given = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where in its epoch the loader is, and the state of the random generator; for any number of ranks."""
+        return {"at_begin": self._at_begin, "num_given": self._num_given, "now": torch.get_rng_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next epoch goes on after the batches that had been given; of an IterableDataset, they are read again."""
+        self._restored = dict(state) if state["num_given"] else {}
+        if not state["num_given"]:
+            torch.set_rng_state(state["now"])
+
+    def _with_rows(self) -> DataLoader[Any]:
+        """A loader of this rank's rows with the author's options, which keeps its workers if the author's does."""
+        author = self._loader
+        options: dict[str, Any] = {}
+        if author.num_workers:
+            options = {
+                "prefetch_factor": author.prefetch_factor,
+                "persistent_workers": author.persistent_workers,
+                "multiprocessing_context": author.multiprocessing_context,
+            }
+        return DataLoader(
+            author.dataset,
+            batch_sampler=_Rows(self),
+            num_workers=author.num_workers,
+            collate_fn=author.collate_fn,
+            pin_memory=author.pin_memory,
+            timeout=author.timeout,
+            worker_init_fn=author.worker_init_fn,
+            generator=author.generator,
+            **options,
+        )
+
+    def _cut(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for number, batch in enumerate(batches):
+            if number < self._skipped:
+                continue
+            of_step = part.of_batch(part.num_rows(batch), self._topology)
+            self._parts.append(of_step)
+            yield part.take(batch, of_step)
+
+    def rows(self) -> Iterator[list[int]]:
+        """The numbers of this rank's examples, batch by batch."""
+        order = iter(self._loader.batch_sampler)  # type: ignore[arg-type]
+        seen: list[list[int]] = []
+        for number, examples in enumerate(order):
+            if not number:
+                seen = [list(map(int, examples))]
+                self._run.check_order(seen)
+            if number < self._skipped:
+                continue
+            of_step = part.of_batch(len(examples), self._topology)
+            self._parts.append(of_step)
+            yield list(examples[of_step.rows])
+
+
+class _Rows:
+    """The sampler of a RankLoader's inner loader."""
+
+    def __init__(self, loader: RankLoader) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._loader.rows()
+
+    def __len__(self) -> int:
+        return len(self._loader)

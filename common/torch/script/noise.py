@@ -1,0 +1,140 @@
+"""Random numbers of a distributed step: this rank's rows of those that one rank would draw for the global batch.
+
+So dropout masks and noise differ between the ranks, and are the same for every number of ranks. All ranks keep their
+generators in the same state for that. Where the batch is not the first dimension, and within PyTorch's own attention
+and recurrent layers, each rank draws other numbers instead.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from common.distributed.topology import Topology
+from common.torch.script import part
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
+
+
+@functools.cache
+def install(topology: Topology) -> None:
+    """Wraps functions of PyTorch; outside of an epoch of a distributed loader they act as before."""
+    for name in DROPOUTS:
+        setattr(F, name, _dropout(getattr(F, name), topology))
+    for name in ("rand", "randn"):
+        setattr(torch, name, _by_shape(getattr(torch, name)))
+    for name in ("rand_like", "randn_like"):
+        setattr(torch, name, _like(getattr(torch, name), topology))
+    F.scaled_dot_product_attention = _attention(F.scaled_dot_product_attention, topology)
+    setattr(nn.RNNBase, "__call__", _recurrent(nn.RNNBase.__call__, topology))  # noqa: B010 (mypy)
+
+
+@contextmanager
+def of_this_rank(topology: Topology) -> Iterator[None]:
+    """Other random numbers on each rank within; after it, all ranks go on with the same ones."""
+    seed = int(torch.randint(2**31, ()))
+    with torch.random.fork_rng():
+        torch.manual_seed(int(np.random.SeedSequence((seed, topology.rank)).generate_state(1)[0]))
+        yield
+
+
+def _rows(num_rows: int) -> tuple[int, Tensor] | None:
+    """How many rows to draw, and the numbers of this rank's among them; None if they do not belong to the batch.
+
+    The drawn tensor may have k blocks of a batch.
+    """
+    of_step = part.current()
+    if of_step is None or not num_rows or num_rows % of_step.num_computed:
+        return None
+    num_blocks = num_rows // of_step.num_computed
+    of_block = torch.arange(of_step.num_computed) + of_step.first
+    rows = (torch.arange(num_blocks)[:, None] * of_step.num_global + of_block).flatten()
+    return num_blocks * of_step.num_global, rows
+
+
+def _ones(num_rows: int, like: Tensor) -> Tensor:
+    """Ones for so many rows, whose values lie in memory in the order of those of `like`: they are drawn in it."""
+    order = sorted(range(like.dim()), key=like.stride, reverse=True)
+    shape = (num_rows, *like.shape[1:])
+    ones = like.new_ones([shape[axis] for axis in order])
+    return ones.permute([order.index(axis) for axis in range(like.dim())])
+
+
+def _dropout(plain: Callable[..., Tensor], topology: Topology) -> Callable[..., Tensor]:
+    @functools.wraps(plain)
+    def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if part.current() is None or not training or p == 0.0:
+            return plain(input, p, training, inplace)
+        found = _rows(len(input)) if input.dim() else None
+        if found is None or "alpha" in plain.__name__:
+            with of_this_rank(topology):
+                return plain(input, p, training, inplace)
+        num_drawn, rows = found
+        mask = plain(_ones(num_drawn, input), p, True)[rows.to(input.device)]
+        return input.mul_(mask) if inplace else input * mask
+
+    return dropout
+
+
+def _by_shape(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(plain)
+    def draw(*size: Any, **options: Any) -> Tensor:
+        shape = size[0] if size and not isinstance(size[0], int) else size
+        found = _rows(shape[0]) if len(shape) and "out" not in options else None
+        if found is None:
+            return plain(*size, **options)
+        num_drawn, rows = found
+        drawn = plain((num_drawn, *shape[1:]), **{**options, "requires_grad": False})
+        return drawn[rows.to(drawn.device)].requires_grad_(options.get("requires_grad", False))
+
+    return draw
+
+
+def _like(plain: Callable[..., Tensor], topology: Topology) -> Callable[..., Tensor]:
+    @functools.wraps(plain)
+    def draw(input: Tensor, **options: Any) -> Tensor:
+        if part.current() is None:
+            return plain(input, **options)
+        found = _rows(len(input)) if input.dim() else None
+        if found is None:
+            with of_this_rank(topology):
+                return plain(input, **options)
+        num_drawn, rows = found
+        return plain(_ones(num_drawn, input), **options)[rows.to(input.device)]
+
+    return draw
+
+
+def _attention(plain: Callable[..., Tensor], topology: Topology) -> Callable[..., Tensor]:
+    @functools.wraps(plain)
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        *more: Any,
+        **options: Any,
+    ) -> Tensor:
+        if part.current() is None or not dropout_p:
+            return plain(query, key, value, attn_mask, dropout_p, *more, **options)
+        with of_this_rank(topology):
+            return plain(query, key, value, attn_mask, dropout_p, *more, **options)
+
+    return attention
+
+
+def _recurrent(plain: Callable[..., Any], topology: Topology) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def call(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
+        if part.current() is None or not self.training or not self.dropout:
+            return plain(self, *args, **kwargs)
+        with of_this_rank(topology):
+            return plain(self, *args, **kwargs)
+
+    return call

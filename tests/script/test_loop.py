@@ -1,0 +1,305 @@
+"""Data-parallel PyTorch loops on real ranks: what scripts as in tests/scripts/ do not show."""
+
+from typing import Any
+
+from common.errors import TrainingError
+from tests.helpers import compressors
+
+import pytest
+
+
+def data(num_examples: int = 65) -> Any:
+    """A dataset that is the same on all ranks."""
+    import torch
+    from torch.utils.data import TensorDataset
+
+    torch.manual_seed(1)
+    return TensorDataset(torch.randn(num_examples, 8), torch.randint(3, (num_examples,)))
+
+
+def build(*layers: Any) -> Any:
+    """A small model with the same weights on all ranks."""
+    import torch
+    from torch import nn
+
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(8, 16), *layers, nn.GELU(), nn.Linear(16, 3))
+
+
+def train(run: Any, model: Any, optimizer: Any, loader: Any) -> list[float]:
+    """An epoch of a plain loop; its losses."""
+    from torch.nn import functional as F
+
+    losses = []
+    for inputs, targets in loader:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(inputs.to(next(model.parameters()).dtype)).float(), targets)
+        loss.backward()
+        optimizer.step()
+        losses.append(run.mean(loss))
+    return losses
+
+
+def prepared(model: Any, compression: Any = "none", **options: Any) -> tuple[Any, Any, Any, Any]:
+    """A run, a model, an optimizer and a loader of all ranks."""
+    from common.torch.script import loop
+
+    import torch
+    from torch.utils.data import DataLoader
+
+    run = loop.start(seed=1, compression=compression)
+    model, optimizer = run.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1))
+    return run, model, optimizer, run.prepare(DataLoader(data(), batch_size=16, **options))
+
+
+def refused(capfd: pytest.CaptureFixture[str], action: Any) -> str:
+    """What rank 0 prints when all ranks refuse an action with status 2."""
+    with pytest.raises(SystemExit) as end:
+        action()
+    assert end.value.code == 2
+    return capfd.readouterr().err
+
+
+@pytest.mark.ranks(2, framework="torch")
+def test_ranks_that_differ_are_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    from common.torch.script import loop
+
+    import torch
+    from torch import nn
+    from torch.utils.data import DataLoader, RandomSampler
+
+    run = loop.start(seed=1)
+
+    def sampler() -> None:
+        order = RandomSampler(data(), generator=torch.Generator().manual_seed(run.rank))
+        next(iter(run.prepare(DataLoader(data(), batch_size=16, sampler=order))))
+
+    actions = {
+        "weights of the models": lambda: run.prepare(build(nn.Linear(16 + run.rank, 16 + run.rank))),
+        "numbers of examples": lambda: run.prepare(DataLoader(data(65 + run.rank), batch_size=16)),
+        "draw other examples": sampler,
+        "compression='zip': choose from": lambda: loop.start(compression="zip"),
+        "ratios: choose from": lambda: loop.start(compression={"name": "topk", "ratios": 1}),
+        "losses='max'": lambda: loop.start(losses="max"),
+    }
+    for message, action in actions.items():
+        assert (message in refused(capfd, action)) == (run.rank == 0), message
+
+
+@pytest.mark.ranks(2, framework="torch")
+def test_a_parameter_that_one_rank_does_not_use(runtime: Any) -> None:
+    import torch
+    from torch import nn
+
+    run, model, optimizer, loader = prepared(nn.ModuleList([nn.Linear(8, 3), nn.Linear(8, 3), nn.Linear(8, 3)]))
+    before = [each.clone() for each in model.parameters()]
+    for number, (inputs, targets) in enumerate(loader):
+        optimizer.zero_grad()
+        # The first layer is used by all ranks, the second by rank 0 alone in the first step, the third by none.
+        outputs = model[0](inputs) + (model[1](inputs) if run.rank == 0 and number == 0 else 0)
+        if not (number == 2 and run.rank):  # without any backward, too
+            nn.functional.cross_entropy(outputs, targets).backward()
+        optimizer.step()
+        assert (model[1].weight.grad is not None) == (number == 0)
+        assert model[2].weight.grad is None
+    runtime.assert_weights_in_sync(model)
+    assert all(torch.equal(*pair) for pair in zip(before[4:], list(model.parameters())[4:], strict=True))
+
+
+@pytest.mark.ranks(2, framework="torch")
+def test_a_gradient_that_is_completed_twice_is_an_error() -> None:
+    from torch import nn
+    from torch.utils.checkpoint import checkpoint
+
+    _, model, _, loader = prepared(nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 3)]))
+    inputs, targets = next(iter(loader))
+    hidden = inputs.requires_grad_()
+    for _ in range(2):  # a shared layer
+        hidden = checkpoint(model[0], hidden, use_reentrant=True)
+    with pytest.raises(TrainingError, match=r"use_reentrant=False"):
+        nn.functional.cross_entropy(model[1](hidden), targets).backward()
+
+
+@pytest.mark.ranks(2, framework="torch")
+def test_mixed_dtypes_extra_state_and_compiled_models(runtime: Any) -> None:
+    import torch
+    from torch import nn
+
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return {"anything": 1}
+
+        def set_extra_state(self, state: Any) -> None:
+            pass
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = build(Extra(16, 16)), nn.Linear(3, 3).to(torch.bfloat16)
+
+        def forward(self, inputs: Any) -> Any:
+            return self.head(self.body(inputs.float()).to(torch.bfloat16))
+
+    torch.manual_seed(1)
+    run, model, optimizer, loader = prepared(Mixed())
+    losses = train(run, torch.compile(model, backend="eager"), optimizer, loader)
+    runtime.assert_weights_in_sync(model)
+    run.check_in_sync()
+    assert len(losses) == 5
+
+
+@pytest.mark.ranks(2, framework="torch")
+def test_rank_0_alone_may_read_a_checkpoint(runtime: Any) -> None:
+    from common.torch.script import loop
+
+    import torch
+
+    run = loop.start(seed=1)
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    if run.rank == 0:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.5
+    run.prepare(model, optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert all(int(state["step"]) == 1 for state in optimizer.state.values())
+    runtime.assert_weights_in_sync(model)
+
+
+@pytest.mark.ranks(2, framework="torch")
+def test_an_epoch_goes_on_in_its_middle() -> None:
+    from torch import nn
+
+    whole = prepared(build(nn.Dropout(0.2)), shuffle=True)
+    expected = train(*whole) + train(*whole)
+    run, model, optimizer, loader = prepared(build(nn.Dropout(0.2)), shuffle=True)
+    losses = train(run, model, optimizer, loader)
+    for number, (inputs, targets) in enumerate(loader, start=1):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        losses.append(run.mean(loss))
+        if number == 2:
+            state = loader.state_dict()
+            break
+    saved = [model.state_dict(), optimizer.state_dict(), run.state_dict()]
+    run, model, optimizer, loader = prepared(build(nn.Dropout(0.2)), shuffle=True)
+    for each, of_one in zip((model, optimizer, run), saved, strict=True):
+        each.load_state_dict(of_one)
+    loader.load_state_dict(state)
+    losses += train(run, model, optimizer, loader)
+    assert len(losses) == len(expected)
+    assert losses == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.ranks(2, framework="torch")
+def test_a_loader_keeps_what_its_author_chose() -> None:
+    import torch
+    from torch.utils.data import get_worker_info
+
+    class Where(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return 13
+
+        def __getitem__(self, number: int) -> Any:
+            info = get_worker_info()
+            return number, info.seed if info else 0
+
+    from common.torch.script import loop
+
+    from torch.utils.data import DataLoader
+
+    run = loop.start(seed=1)
+    author = DataLoader(Where(), batch_size=4, drop_last=True, num_workers=1, persistent_workers=True)
+    loader = run.prepare(author)
+    epochs = [list(loader) for _ in range(2)]
+    assert len(loader) == len(epochs[0]) == 3
+    assert len(loader.dataset) == 13
+    mine = [number for numbers, _ in epochs[0] for number in numbers.tolist()]
+    assert run.sum(sum(mine)) == sum(range(12))
+    assert len({int(seed) for epoch in epochs for _, seeds in epoch for seed in seeds}) == 1  # the same worker
+
+
+@pytest.mark.ranks(3, framework="torch")
+def test_a_rank_without_a_row_changes_nothing(runtime: Any) -> None:
+    import torch
+    from torch import nn
+    from torch.utils.data import DataLoader
+
+    run, model, optimizer, _ = prepared(build(nn.BatchNorm1d(16)))
+    loader = run.prepare(DataLoader(data(7), batch_size=6))  # 2 + 2 + 2, then 1 + 0 + 0
+    seen = []
+    for inputs, targets in loader:
+        optimizer.zero_grad()
+        before = model[1].running_mean.clone()
+        if len(inputs) == 1:
+            model.eval()  # statistics of one row have no variance
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        model.train()
+        optimizer.step()
+        seen.append(not torch.equal(before, model[1].running_mean))
+    assert seen == [True, False]
+    with torch.no_grad():
+        assert len(list(loader)) == (2 if run.rank == 0 else 1)
+    runtime.assert_weights_in_sync(model)
+
+
+@pytest.mark.ranks(2, framework="torch")
+def test_a_step_needs_an_exchange() -> None:
+    from torch import nn
+
+    run, model, optimizer, loader = prepared(build())
+    for inputs, targets in loader:
+        with run.no_sync():
+            nn.functional.cross_entropy(model(inputs), targets).backward()
+        with pytest.raises(TrainingError, match="leave the last one outside"):
+            optimizer.step()
+        break
+
+
+@pytest.mark.ranks(2, framework="torch")
+def test_dropout_of_pytorchs_own_layers_differs_between_ranks(runtime: Any) -> None:
+    import torch
+    from torch import nn
+
+    _, model, _, loader = prepared(nn.LSTM(8, 8, num_layers=2, dropout=0.5))
+    next(iter(loader))
+    torch.manual_seed(3)
+    drawn = model(torch.ones(5, 1, 8))[0].sum().item()
+    ones = torch.ones(1, 1, 4, 4)
+    attended = nn.functional.scaled_dot_product_attention(ones, ones, ones, dropout_p=0.5).sum().item()
+    of_ranks = runtime.allgather_object([drawn, attended, int(torch.randint(1000, ()))])
+    assert of_ranks[0][:2] != of_ranks[1][:2]
+    assert of_ranks[0][2] == of_ranks[1][2]
+
+
+@pytest.mark.ranks(2, framework="torch")
+@pytest.mark.parametrize("method", compressors.of_scripts())
+def test_gradients_may_be_compressed(method: str, runtime: Any) -> None:
+    compression = {"name": method, "min_numel": 16} if method != "none" else method
+    run, model, optimizer, loader = prepared(build(), compression, shuffle=True)
+    losses = [sum(train(run, model, optimizer, loader)) for _ in range(6)]
+    assert losses[-1] < losses[0]
+    runtime.assert_weights_in_sync(model)
+    state = run.state_dict()
+    run.load_state_dict(state)
+    again = run.state_dict()
+    for number, names in state.items():
+        for name, tensors in names.items():
+            for key, tensor in tensors.items():
+                assert again[number][name][key] == pytest.approx(tensor.numpy(), rel=1e-5, abs=1e-7), (name, key)
+
+
+def test_one_rank_changes_nothing() -> None:
+    pytest.importorskip("torch")
+    from common.torch.script import loop
+
+    from torch.utils.data import DataLoader
+
+    run, model, loader = loop.start(), build(), DataLoader(data())
+    assert run.prepare(model) is model
+    assert run.prepare(model, loader) == (model, loader)
+    assert run.mean(1.5) == run.sum(1.5) == 1.5
