@@ -1,7 +1,12 @@
 """Checks in the first step of an epoch, which fail on all ranks before that step changes a weight."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from common.distributed.topology import Topology
+from common.errors import ConfigError
 from common.tf.script import part
 
 import horovod.tensorflow as hvd
@@ -17,6 +22,34 @@ OF_WHOLE_BATCH = (
     "a loss or metric of a batch is not the mean of those of its parts, as with Dice or the root of a mean, so that "
     "ranks cannot compute it from parts; use one that is a mean over examples"
 )
+
+
+@contextmanager
+def refusals(topology: Topology) -> Iterator[None]:
+    """Ends the process with status 2 if the ranks cannot train together; rank 0 says why."""
+    try:
+        yield
+    except Exception as error:
+        message = _reason(error)
+        if not message:
+            raise
+    else:
+        return
+    if topology.rank == 0:
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _reason(error: BaseException | None) -> str:
+    """Why an exception was raised on all ranks, if it was; TensorFlow may have raised another one in its place."""
+    while error is not None:
+        if isinstance(error, ConfigError):
+            return str(error)
+        if isinstance(error, tf.errors.InvalidArgumentError):  # in the graph of a step
+            return next((message for message in (OTHER_BATCHES, OF_WHOLE_BATCH) if message in str(error)), "")
+        error = error.__context__
+    return ""
+
 
 _is_first: list[tf.Variable] = []
 _suspects: list[tf.Tensor] = []

@@ -3,10 +3,9 @@
 import functools
 import inspect
 import platform
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from typing import Any
 
@@ -87,7 +86,7 @@ def distribute(
     """
     topology = runtime.init()
     if topology.world_size > 1 and _NAME not in model.__dict__:
-        with _refusals(topology):
+        with checks.refusals(topology):
             model.__dict__[_NAME] = _Distributed(model, topology, compression, op, additive, seed)
     return model
 
@@ -97,24 +96,6 @@ def own_batches(dataset: tf.data.Dataset) -> tf.data.Dataset:
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     return dataset.with_options(options)
-
-
-@contextmanager
-def _refusals(topology: Topology) -> Iterator[None]:
-    """Ends the process with status 2 if the ranks cannot train together; rank 0 says why."""
-    try:
-        yield
-    except ConfigError as error:
-        message = str(error)
-    except tf.errors.InvalidArgumentError as error:  # raised in the graph of a step, on all ranks
-        message = next((known for known in (checks.OTHER_BATCHES, checks.OF_WHOLE_BATCH) if known in str(error)), "")
-        if not message:
-            raise
-    else:
-        return
-    if topology.rank == 0:
-        print(message, file=sys.stderr, flush=True)
-    sys.exit(2)
 
 
 class _Distributed:
@@ -165,7 +146,7 @@ class _Distributed:
             call.set("verbose", 0)
         self._is_fitting, self._own, self._facts = True, [], _facts(call)
         try:
-            with _refusals(self._topology):
+            with checks.refusals(self._topology):
                 return call()
         finally:
             self._is_fitting = False
@@ -200,7 +181,7 @@ class _Distributed:
         self._refuse("test_on_batch", "use evaluate")
 
     def _refuse(self, name: str, remedy: str) -> None:
-        with _refusals(self._topology):
+        with checks.refusals(self._topology):
             raise ConfigError([f"{name}: its results are not summed over the ranks; {remedy}"])
 
     def _on_all_ranks(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -210,7 +191,7 @@ class _Distributed:
             self._own = []
             if self._model.built:
                 self._broadcast()
-        with _refusals(self._topology):
+        with checks.refusals(self._topology):
             return self._plain[name](*args, **kwargs)
 
     def _on_one_rank(self, name: str, *args: Any, **kwargs: Any) -> Any:

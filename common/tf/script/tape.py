@@ -43,12 +43,14 @@ def data_parallel(
         The step, whose values are means over the global batch.
 
     Raises:
-        ConfigError: at the first call, if the step changes a variable that belongs to none of these.
+        SystemExit: with status 2 on all ranks at the first call, if the step would not be exact, or changes a variable
+            that belongs to none of these; rank 0 prints why.
     """
     topology = runtime.init()
     if topology.world_size == 1:
         return tf.function(step)
-    ranks = Ranks(topology, SyncOptions.from_names(compression, op, seed))
+    with checks.refusals(topology):
+        ranks = Ranks(topology, SyncOptions.from_names(compression, op, seed))
     ranks.wrap(optimizers)
     statistics.use_global_batch(model, topology)
 
@@ -67,6 +69,10 @@ def data_parallel(
 
     @functools.wraps(step)
     def called(*data: Any) -> Any:
+        with checks.refusals(topology):
+            return begun(*data)
+
+    def begun(*data: Any) -> Any:
         if not has_begun:
             has_begun.append(True)
             states = [variable for optimizer in optimizers if optimizer.built for variable in optimizer.variables]
