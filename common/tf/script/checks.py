@@ -72,9 +72,13 @@ def is_first_step() -> tf.Tensor:
     return _first_step().read_value()
 
 
+def begin_step() -> None:
+    """Forgets what an earlier step has left, which may have failed."""
+    _suspects.clear()
+
+
 def end_step() -> None:
     """The next step is not the first one."""
-    _suspects.clear()
     _first_step().assign(False)
 
 

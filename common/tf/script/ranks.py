@@ -65,6 +65,7 @@ class Ranks:
             state: the variables to put back if this rank has no row; called before and after the step, which may
                 create some.
         """
+        checks.begin_step()
         of_step = self._part(data)
         if not self.takes_own_batches:
             of_step = part.after(checks.check_batch(data), of_step)
