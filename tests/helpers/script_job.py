@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,14 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
 def sources(framework: str) -> dict[str, str]:
-    """The distributed versions by name."""
-    return {path.stem: path.read_text() for path in sorted((SCRIPTS / framework).glob("*.py"))}
+    """The distributed versions by name, of scripts whose packages are installed."""
+    texts = {path.stem: path.read_text() for path in sorted((SCRIPTS / framework).glob("*.py"))}
+    return {name: text for name, text in texts.items() if all(map(find_spec, imported(text)))}
+
+
+def imported(source: str) -> set[str]:
+    """The packages that a script imports."""
+    return set(re.findall(r"^(?:import|from) (\w+)", source, re.MULTILINE))
 
 
 def changed_lines(source: str) -> int:

@@ -269,11 +269,9 @@ def test_dropout_of_pytorchs_own_layers_differs_between_ranks(runtime: Any) -> N
     next(iter(loader))
     torch.manual_seed(3)
     drawn = model(torch.ones(5, 1, 8))[0].sum().item()
-    ones = torch.ones(1, 1, 4, 4)
-    attended = nn.functional.scaled_dot_product_attention(ones, ones, ones, dropout_p=0.5).sum().item()
-    of_ranks = runtime.allgather_object([drawn, attended, int(torch.randint(1000, ()))])
-    assert of_ranks[0][:2] != of_ranks[1][:2]
-    assert of_ranks[0][2] == of_ranks[1][2]
+    of_ranks = runtime.allgather_object([drawn, int(torch.randint(1000, ()))])
+    assert of_ranks[0][0] != of_ranks[1][0]
+    assert of_ranks[0][1] == of_ranks[1][1]
 
 
 @pytest.mark.ranks(2, framework="torch")

@@ -1,11 +1,12 @@
 """Random numbers of a distributed step: this rank's rows of those that one rank would draw for the global batch.
 
 So dropout masks and noise differ between the ranks, and are the same for every number of ranks. All ranks keep their
-generators in the same state for that. Where the batch is not the first dimension, and within PyTorch's own attention
-and recurrent layers, each rank draws other numbers instead.
+generators in the same state for that. Where the batch is not the first dimension, within PyTorch's recurrent layers,
+and in attention on a GPU, each rank draws other numbers instead.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -116,17 +117,34 @@ def _attention(plain: Callable[..., Tensor], topology: Topology) -> Callable[...
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attn_mask: Any = None,
+        attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
-        *more: Any,
-        **options: Any,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
     ) -> Tensor:
+        options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         if part.current() is None or not dropout_p:
-            return plain(query, key, value, attn_mask, dropout_p, *more, **options)
+            return plain(query, key, value, attn_mask, dropout_p, **options)
+        if query.device.type == "cpu" and not enable_gqa:  # a GPU's kernels draw within
+            return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale)
         with of_this_rank(topology):
-            return plain(query, key, value, attn_mask, dropout_p, *more, **options)
+            return plain(query, key, value, attn_mask, dropout_p, **options)
 
     return attention
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float, is_causal: bool, scale: float | None
+) -> Tensor:
+    """Attention with a dropout that draws by rows; each tensor is (..., length, width)."""
+    root = math.sqrt(scale if scale is not None else 1 / math.sqrt(query.shape[-1]))
+    scores = (query * root) @ (key * root).transpose(-2, -1)
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return F.dropout(scores.softmax(-1), p) @ value
 
 
 def _recurrent(plain: Callable[..., Any], topology: Topology) -> Callable[..., Any]:
