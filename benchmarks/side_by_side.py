@@ -73,6 +73,7 @@ PEERS = {
     "torch": {
         "plain": (Side("ours", 1), Side("plain", 1)),
         "ddp": (Side("ours", 2), Side("ddp", 2)),
+        "script": (Side("script", 2), Side("ddp", 2)),
         "stock": (Side("ours", 2), Side("stock", 2, STOCK)),
         "one_rank": (Side("ours", 2), Side("ours", 1, ONE_CORE)),
     },

@@ -18,6 +18,7 @@ from common.distributed.topology import Topology
 from common.parallel import model_parts
 from common.torch.distributed import runtime
 from common.torch.gradients import optimizers
+from common.torch.script import loop
 from recipes import mnist_cnn_torch, mnist_mlp_torch, transformer_lm_torch
 
 import horovod.torch as hvd
@@ -73,6 +74,14 @@ def plain(name: str, cfg: RunConfig) -> list[float]:
     torch.manual_seed(cfg.seed)
     model, examples = task(name, cfg)
     return _loop(model, model, cfg, examples, topology)
+
+
+def script(name: str, cfg: RunConfig) -> list[float]:
+    """The plain loop, distributed as a script of one's own."""
+    run = loop.start(cfg.seed)
+    model, examples = task(name, cfg)
+    run.prepare(model)
+    return _loop(model, model, cfg, examples, runtime.init())
 
 
 def ddp(name: str, cfg: RunConfig) -> list[float]:

@@ -17,4 +17,6 @@ def method(name: str, **changes: Any) -> Any:
 
 def of_scripts() -> list[str]:
     """The methods with which scripts of one's own are tested; all of them in `make scripts`."""
-    return option_names("compression", without=("auto",)) if "SCRIPT_RANKS" in os.environ else ["dgc", "powersgd"]
+    return (
+        option_names("compression", without=("auto", "none")) if "SCRIPT_RANKS" in os.environ else ["dgc", "powersgd"]
+    )

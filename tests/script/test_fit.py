@@ -307,13 +307,13 @@ def test_a_dataset_that_is_already_divided() -> None:
 
 
 @pytest.mark.ranks(2, framework="tf")
-@pytest.mark.parametrize("method", compressors.of_scripts())
+@pytest.mark.parametrize("method", [*compressors.of_scripts(), "adasum"])
 def test_gradients_may_be_compressed(method: str) -> None:
     from common.tf.distributed import runtime
     from common.tf.script import fit
 
-    compression = {"name": method, "min_numel": 16} if method != "none" else method
-    model = fit.distribute(build(), compression=compression)
+    options = {"op": method} if method == "adasum" else {"compression": {"name": method, "min_numel": 16}}
+    model = fit.distribute(build(), **options)
     losses = train(model, epochs=4)["loss"]
     assert losses[-1] < losses[0]
     runtime.assert_weights_in_sync(model)

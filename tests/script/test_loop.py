@@ -40,14 +40,14 @@ def train(run: Any, model: Any, optimizer: Any, loader: Any) -> list[float]:
     return losses
 
 
-def prepared(model: Any, compression: Any = "none", **options: Any) -> tuple[Any, Any, Any, Any]:
+def prepared(model: Any, exchange: Any = None, **options: Any) -> tuple[Any, Any, Any, Any]:
     """A run, a model, an optimizer and a loader of all ranks."""
     from common.torch.script import loop
 
     import torch
     from torch.utils.data import DataLoader
 
-    run = loop.start(seed=1, compression=compression)
+    run = loop.start(seed=1, **(exchange or {}))
     model, optimizer = run.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1))
     return run, model, optimizer, run.prepare(DataLoader(data(), batch_size=16, **options))
 
@@ -275,10 +275,10 @@ def test_dropout_of_pytorchs_own_layers_differs_between_ranks(runtime: Any) -> N
 
 
 @pytest.mark.ranks(2, framework="torch")
-@pytest.mark.parametrize("method", compressors.of_scripts())
+@pytest.mark.parametrize("method", [*compressors.of_scripts(), "adasum"])
 def test_gradients_may_be_compressed(method: str, runtime: Any) -> None:
-    compression = {"name": method, "min_numel": 16} if method != "none" else method
-    run, model, optimizer, loader = prepared(build(), compression, shuffle=True)
+    options = {"op": method} if method == "adasum" else {"compression": {"name": method, "min_numel": 16}}
+    run, model, optimizer, loader = prepared(build(), options, shuffle=True)
     losses = [sum(train(run, model, optimizer, loader)) for _ in range(6)]
     assert losses[-1] < losses[0]
     runtime.assert_weights_in_sync(model)
