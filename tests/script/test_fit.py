@@ -159,7 +159,8 @@ def test_a_model_may_be_compiled_again() -> None:
 
 
 @pytest.mark.ranks(2, framework="tf")
-def test_ranks_draw_noise_of_their_own() -> None:
+@pytest.mark.parametrize("noise", ["batch", "rank"])
+def test_ranks_draw_noise_of_their_own(noise: str) -> None:
     from common.tf.distributed import runtime
     from common.tf.script import fit
 
@@ -181,15 +182,15 @@ def test_ranks_draw_noise_of_their_own() -> None:
             of_keras, of_tf = keras.random.uniform((rows, 1), seed=3), tf.random.uniform((rows, 1))
             return {"seen": tf.ensure_shape(tf.numpy_function(note, [of_keras[0, 0], of_tf[0, 0]], tf.float32), ())}
 
-    topology = fit.init(seed=1)
+    topology = fit.init(seed=1, noise=noise)
     model = Noisy()
     model.compile()
     fit.distribute(model)
     model.evaluate(np.zeros((4, 1), "float32"), batch_size=4, verbose=0)
     of_ranks = runtime.allgather_object(drawn)
     expected = keras.random.uniform((4, 1), seed=3).numpy()[:: 4 // topology.world_size, 0]
-    assert [of_rank[0] for of_rank in of_ranks] == pytest.approx(expected.tolist())
-    assert of_ranks[0][1] != of_ranks[1][1]
+    assert ([of_rank[0] for of_rank in of_ranks] == pytest.approx(expected.tolist())) == (noise == "batch")
+    assert all(mine != other for mine, other in zip(*of_ranks, strict=True))
 
 
 @pytest.mark.ranks(2, framework="tf")

@@ -81,6 +81,7 @@ def test_ranks_that_differ_are_refused(capfd: pytest.CaptureFixture[str]) -> Non
         "compression='zip': choose from": lambda: loop.start(compression="zip"),
         "ratios: choose from": lambda: loop.start(compression={"name": "topk", "ratios": 1}),
         "losses='max'": lambda: loop.start(losses="max"),
+        "noise='all': choose from batch, rank": lambda: loop.start(noise="all"),
     }
     for message, action in actions.items():
         assert (message in refused(capfd, action)) == (run.rank == 0), message
@@ -272,6 +273,20 @@ def test_dropout_of_pytorchs_own_layers_differs_between_ranks(runtime: Any) -> N
     of_ranks = runtime.allgather_object([drawn, int(torch.randint(1000, ()))])
     assert of_ranks[0][0] != of_ranks[1][0]
     assert of_ranks[0][1] == of_ranks[1][1]
+
+
+@pytest.mark.ranks(2, framework="torch")
+def test_ranks_may_draw_for_their_rows_alone(runtime: Any) -> None:
+    import torch
+    from torch import nn
+
+    run, model, optimizer, loader = prepared(build(nn.Dropout(0.5)), {"noise": "rank"})
+    next(iter(loader))
+    sums = [nn.functional.dropout(torch.ones(8, 99)), torch.randn(8, 99), torch.rand_like(torch.ones(8, 99))]
+    of_ranks = runtime.allgather_object([each.sum().item() for each in sums])
+    assert all(mine != other for mine, other in zip(*of_ranks, strict=True))
+    train(run, model, optimizer, loader)
+    runtime.assert_weights_in_sync(model)
 
 
 @pytest.mark.ranks(2, framework="torch")

@@ -14,6 +14,7 @@ from common.errors import ConfigError
 from common.gradients.gradient_sync import SyncOptions
 from common.tf.distributed import runtime
 from common.tf.script import callbacks, checks, statistics
+from common.tf.script import noise as of_steps
 from common.tf.script.exchange import find_optimizers
 from common.tf.script.ranks import Ranks
 from common.tf.script.results import Results
@@ -28,16 +29,20 @@ __all__ = ["data_parallel", "distribute", "init", "own_batches", "sum_metrics"]
 _NAME = "_horovod_ranks"  # the attribute of a distributed model
 
 
-def init(seed: int = 0) -> Topology:
+def init(seed: int = 0, noise: str = "batch") -> Topology:
     """Starts Horovod and seeds Python, NumPy and TensorFlow alike on all ranks; to be called before the data are made.
 
     Args:
         seed: as that of keras.utils.set_random_seed.
+        noise: "batch": dropout and noise are the rows of what one rank would draw for the global batch, so each rank
+            draws for all of it. "rank": a rank draws for its rows alone, which costs less with many ranks.
 
     Returns:
         The place of this rank: rank, world_size, local_rank, local_size.
     """
     topology = runtime.init()
+    with checks.refusals(topology):
+        of_steps.choose(noise)
     keras.utils.set_random_seed(seed)
     if topology.world_size > 1:
         _warn_of_other_models()

@@ -1,6 +1,7 @@
 """Random numbers of a distributed step: this rank's rows of those that one rank would draw for the global batch.
 
-So dropout masks and noise differ between the ranks, and are the same for every number of ranks.
+So dropout masks and noise differ between the ranks, and are the same for every number of ranks. Where that costs too
+much, as each rank draws for all, a rank draws numbers of its own for its rows alone.
 """
 
 import functools
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from common.distributed.topology import Topology
+from common.errors import ConfigError
 from common.tf.script import part
 
 import numpy as np
@@ -17,12 +19,28 @@ from keras.src.backend.tensorflow import random as keras_random
 BY_SHAPE = ("normal", "uniform", "truncated_normal", "randint")
 
 
+KINDS = ("batch", "rank")
+_kind = ["batch"]
+
+
+def choose(kind: str) -> None:
+    """Chooses rows of what is drawn for the whole batch, or numbers of each rank's own.
+
+    Raises:
+        ConfigError: the kind is unknown.
+    """
+    if kind not in KINDS:
+        raise ConfigError([f"noise={kind!r}: choose from {', '.join(KINDS)}"])
+    _kind[0] = kind
+
+
 @functools.cache
-def install() -> None:
+def install(topology: Topology) -> None:
     """Wraps the functions of keras.random; outside of a distributed step they act as before."""
     for name in BY_SHAPE:
         setattr(keras_random, name, _of_rows(getattr(keras_random, name)))
     keras_random.dropout = _dropout(keras_random.dropout)
+    keras_random.draw_seed = _of_rank(keras_random.draw_seed, topology)
 
 
 def seed_tensorflow(topology: Topology) -> None:
@@ -32,11 +50,23 @@ def seed_tensorflow(topology: Topology) -> None:
         tf.random.set_seed(int(np.random.SeedSequence((seed, topology.rank)).generate_state(1)[0] // 2))
 
 
+def _of_rank(draw_seed: Callable[..., Any], topology: Topology) -> Callable[..., Any]:
+    @functools.wraps(draw_seed)
+    def drawn(seed: Any) -> Any:
+        value = draw_seed(seed)
+        if part.current() is None or _kind[0] == "batch":
+            return value
+        other = np.random.SeedSequence(topology.rank).generate_state(2) // 4
+        return value + tf.cast(tf.constant(other), value.dtype)
+
+    return drawn
+
+
 def _of_rows(draw: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
     @functools.wraps(draw)
     def drawn(shape: Any, *args: Any, **kwargs: Any) -> tf.Tensor:
         of_step = part.current()
-        if of_step is None or not _may_have_rows(shape):
+        if of_step is None or _kind[0] == "rank" or not _may_have_rows(shape):
             return draw(shape, *args, **kwargs)
         num_rows, *others = tf.unstack(shape) if tf.is_tensor(shape) else shape
         num_drawn, rows = _rows(tf.cast(num_rows, tf.int32), of_step)
@@ -49,7 +79,7 @@ def _dropout(plain: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
     @functools.wraps(plain)
     def dropout(inputs: tf.Tensor, rate: float, noise_shape: Any = None, seed: Any = None) -> tf.Tensor:
         of_step = part.current()
-        if of_step is None or rate in (0.0, 1.0):
+        if of_step is None or _kind[0] == "rank" or rate in (0.0, 1.0):
             return plain(inputs, rate, noise_shape, seed)
         shape = tf.unstack(tf.shape(inputs))
         if noise_shape is not None:

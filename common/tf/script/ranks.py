@@ -34,7 +34,7 @@ class Ranks:
         self.takes_own_batches = False
         losses.install()
         metrics.install()
-        noise.install()
+        noise.install(topology)
 
     def wrap(self, optimizers: Iterable[keras.Optimizer]) -> None:
         """Gives optimizers the gradients of all ranks."""

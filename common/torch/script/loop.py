@@ -13,7 +13,9 @@ from common.distributed.topology import Topology
 from common.errors import ConfigError
 from common.gradients.gradient_sync import SyncOptions
 from common.torch.distributed import runtime
-from common.torch.script import losses, noise, part, statistics
+from common.torch.script import losses as of_targets
+from common.torch.script import noise as of_steps
+from common.torch.script import part, statistics
 from common.torch.script.exchange import GradientExchange
 from common.torch.script.loader import RankLoader
 from common.torch.script.part import Part
@@ -25,15 +27,22 @@ from torch.utils.data import DataLoader
 
 
 def start(
-    seed: int = 0, *, compression: str | Mapping[str, Any] = "none", op: str = "average", losses: str = "mean"
+    seed: int = 0,
+    *,
+    noise: str = "batch",
+    losses: str = "mean",
+    compression: str | Mapping[str, Any] = "none",
+    op: str = "average",
 ) -> "Run":
     """Starts Horovod and seeds PyTorch alike on all ranks; to be called before the model is made.
 
     Args:
         seed: as that of torch.manual_seed.
+        noise: "batch": dropout and noise are the rows of what one rank would draw for the global batch, so each rank
+            draws for all of it. "rank": a rank draws for its rows alone, which costs less with many ranks.
+        losses: whether a loss is the "mean" over its batch, or the "sum".
         compression: of the gradients: a name of conf/compression/, or {"name": "topk", "ratio": 0.01}.
         op: average or adasum.
-        losses: whether a loss is the "mean" over its batch, or the "sum".
 
     Raises:
         SystemExit: with status 2, if an argument is wrong; rank 0 prints why.
@@ -43,6 +52,7 @@ def start(
     with _refusals(topology):
         if losses not in ("mean", "sum"):
             raise ConfigError([f"losses={losses!r}: choose from mean, sum"])
+        of_steps.choose(noise)
         return Run(topology, SyncOptions.from_names(compression, op, seed), losses == "sum")
 
 
@@ -75,8 +85,8 @@ class Run:
         self._exchanges: list[GradientExchange] = []
         self._kept: list[tuple[Tensor, Tensor]] = []  # statistics, and their values before a batch that does not count
         if self.world_size > 1:
-            noise.install(topology)
-            losses.install()
+            of_steps.install(topology)
+            of_targets.install()
 
     def prepare(self, *objects: Any, sync_batch_norm: bool = False) -> Any:
         """Makes models, optimizers and DataLoaders work on all ranks.

@@ -2,7 +2,8 @@
 
 So dropout masks and noise differ between the ranks, and are the same for every number of ranks. All ranks keep their
 generators in the same state for that. Where the batch is not the first dimension, within PyTorch's recurrent layers,
-and in attention on a GPU, each rank draws other numbers instead.
+and in attention on a GPU, each rank draws other numbers instead. It may do so everywhere, as to draw for all rows costs
+much with many ranks.
 """
 
 import functools
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from common.distributed.topology import Topology
+from common.errors import ConfigError
 from common.torch.script import part
 
 import numpy as np
@@ -22,13 +24,28 @@ from torch.nn import functional as F
 DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
 
 
+KINDS = ("batch", "rank")
+_kind = ["batch"]
+
+
+def choose(kind: str) -> None:
+    """Chooses rows of what is drawn for the whole batch, or numbers of each rank's own.
+
+    Raises:
+        ConfigError: the kind is unknown.
+    """
+    if kind not in KINDS:
+        raise ConfigError([f"noise={kind!r}: choose from {', '.join(KINDS)}"])
+    _kind[0] = kind
+
+
 @functools.cache
 def install(topology: Topology) -> None:
     """Wraps functions of PyTorch; outside of an epoch of a distributed loader they act as before."""
     for name in DROPOUTS:
         setattr(F, name, _dropout(getattr(F, name), topology))
     for name in ("rand", "randn"):
-        setattr(torch, name, _by_shape(getattr(torch, name)))
+        setattr(torch, name, _by_shape(getattr(torch, name), topology))
     for name in ("rand_like", "randn_like"):
         setattr(torch, name, _like(getattr(torch, name), topology))
     F.scaled_dot_product_attention = _attention(F.scaled_dot_product_attention, topology)
@@ -50,7 +67,7 @@ def _rows(num_rows: int) -> tuple[int, Tensor] | None:
     The drawn tensor may have k blocks of a batch.
     """
     of_step = part.current()
-    if of_step is None or not num_rows or num_rows % of_step.num_computed:
+    if of_step is None or _kind[0] == "rank" or not num_rows or num_rows % of_step.num_computed:
         return None
     num_blocks = num_rows // of_step.num_computed
     of_block = torch.arange(of_step.num_computed) + of_step.first
@@ -82,13 +99,17 @@ def _dropout(plain: Callable[..., Tensor], topology: Topology) -> Callable[..., 
     return dropout
 
 
-def _by_shape(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _by_shape(plain: Callable[..., Tensor], topology: Topology) -> Callable[..., Tensor]:
     @functools.wraps(plain)
     def draw(*size: Any, **options: Any) -> Tensor:
         shape = size[0] if size and not isinstance(size[0], int) else size
-        found = _rows(shape[0]) if len(shape) and "out" not in options else None
+        of_step = part.current()
+        if of_step is None or not shape or not isinstance(shape[0], int) or shape[0] % of_step.num_computed:
+            return plain(*size, **options)  # not of a batch: the same on all ranks
+        found = _rows(shape[0]) if "out" not in options else None
         if found is None:
-            return plain(*size, **options)
+            with of_this_rank(topology):
+                return plain(*size, **options)
         num_drawn, rows = found
         drawn = plain((num_drawn, *shape[1:]), **{**options, "requires_grad": False})
         return drawn[rows.to(drawn.device)].requires_grad_(options.get("requires_grad", False))
@@ -126,7 +147,7 @@ def _attention(plain: Callable[..., Tensor], topology: Topology) -> Callable[...
         options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         if part.current() is None or not dropout_p:
             return plain(query, key, value, attn_mask, dropout_p, **options)
-        if query.device.type == "cpu" and not enable_gqa:  # a GPU's kernels draw within
+        if query.device.type == "cpu" and not enable_gqa and _kind[0] == "batch":  # a GPU's kernels draw within
             return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale)
         with of_this_rank(topology):
             return plain(query, key, value, attn_mask, dropout_p, **options)
