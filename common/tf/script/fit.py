@@ -1,12 +1,9 @@
 """Data-parallel model.fit, model.evaluate and model.predict of Keras in a script of your own."""
 
 import functools
-import inspect
-import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from importlib import metadata
 from typing import Any
 
 from common.distributed.topology import Topology
@@ -15,6 +12,7 @@ from common.gradients.gradient_sync import SyncOptions
 from common.tf.distributed import runtime
 from common.tf.script import callbacks, checks, statistics
 from common.tf.script import noise as of_steps
+from common.tf.script.call import Call, facts
 from common.tf.script.exchange import find_optimizers
 from common.tf.script.ranks import Ranks
 from common.tf.script.results import Results
@@ -144,12 +142,12 @@ class _Distributed:
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """Replaces model.fit."""
-        call = _Call(self._plain["fit"], args, kwargs)
+        call = Call(self._plain["fit"], args, kwargs)
         chosen = callbacks.of_rank(call.get("callbacks"), self._topology.rank)
         call.set("callbacks", [*chosen, callbacks.Together(self, chosen)])
         if self._topology.rank:
             call.set("verbose", 0)
-        self._is_fitting, self._own, self._facts = True, [], _facts(call)
+        self._is_fitting, self._own, self._facts = True, [], facts(call)
         try:
             with checks.refusals(self._topology):
                 return call()
@@ -314,42 +312,6 @@ _REPLACED = (
     "_maybe_symbolic_build",
     "_get_metrics_result_or_logs",
 )
-
-
-class _Call:
-    """A call of a method whose arguments can be changed by name; some models take all but the data as **kwargs."""
-
-    def __init__(self, method: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        self._method, signature = method, inspect.signature(method)
-        self._bound = signature.bind(*args, **kwargs)
-        self._named = set(signature.parameters)
-        kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
-        self._collected = kinds.get(inspect.Parameter.VAR_KEYWORD, "")
-
-    def get(self, name: str) -> Any:
-        """The value of an argument; None if it is not given."""
-        arguments = self._bound.arguments
-        return arguments.get(name) if name in self._named else arguments.get(self._collected, {}).get(name)
-
-    def set(self, name: str, value: Any) -> None:
-        """Gives an argument a value."""
-        arguments = self._bound.arguments
-        (arguments if name in self._named else arguments.setdefault(self._collected, {}))[name] = value
-
-    def __call__(self) -> Any:
-        return self._method(*self._bound.args, **self._bound.kwargs)
-
-
-def _facts(call: _Call) -> dict[str, Any]:
-    """What must be the same on all ranks, by name."""
-    names = ("batch_size", "epochs", "steps_per_epoch", "validation_split", "shuffle", "initial_epoch")
-    arrays = keras.tree.flatten([call.get("x"), call.get("y")])
-    versions = {name: metadata.version(name) for name in ("keras", "numpy", "horovod")}
-    return {
-        "arguments of fit": {name: repr(call.get(name)) for name in names},
-        "shapes of the data": [str(getattr(array, "shape", None)) for array in arrays],
-        "versions": {**versions, "tensorflow": tf.__version__, "python": platform.python_version()},
-    }
 
 
 def _symbol(spec: Any) -> Any:

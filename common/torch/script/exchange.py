@@ -49,7 +49,7 @@ class GradientExchange:
     ) -> None:
         self._named, self._topology, self._is_sum = dict(named), topology, is_sum
         self._options = options.named(f"script.{next(_numbers)}")
-        self._sparse: dict[str, nn.Parameter] = {}
+        self._sparse = SparseRows({}, "")
         self._syncs: list[AllreduceSync] = []
         self._is_running = self._is_held_back = False
         self._has_exchanged = False
@@ -76,12 +76,13 @@ class GradientExchange:
             hook.remove()
         for sync in self._syncs:
             sync.close()
-        self._named, self._syncs, self._sparse = {}, [], {}
+        self._named, self._syncs, self._sparse = {}, [], SparseRows({}, "")
 
     def use_sparse(self, parameters: Iterable[Tensor]) -> None:
         """Names the parameters whose gradients are sparse: their rows are gathered."""
         chosen = set(parameters)
-        self._sparse = {name: parameter for name, parameter in self._named.items() if parameter in chosen}
+        named = {name: parameter for name, parameter in self._named.items() if parameter in chosen}
+        self._sparse = SparseRows(named, self._options.name)
         self._build()
 
     def has_any(self, ids: Collection[int]) -> bool:
@@ -147,7 +148,7 @@ class GradientExchange:
             sync.close()
         by_dtype: dict[torch.dtype, list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in self._named.items():
-            if parameter.requires_grad and name not in self._sparse:
+            if parameter.requires_grad and name not in self._sparse.named:
                 by_dtype.setdefault(parameter.dtype, []).append((name, parameter))
         # Buckets of other parameters must not have the names of the old ones: Horovod remembers their sizes.
         print_of = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
@@ -200,27 +201,8 @@ class GradientExchange:
         for sync, total in zip(self._syncs, totals, strict=True):
             if not self._is_sum and total > 0 and abs(total - 1) > ROUNDING[sync.gradients[0].dtype]:
                 torch._foreach_div_(sync.gradients, total)
-        self._gather_rows()
+        self._sparse.gather(self.weight)
         self.weight /= totals[0] if totals and totals[0] > 0 and not self._is_sum else 1.0
-
-    def _gather_rows(self) -> None:
-        """Sums sparse gradients: the rows of all ranks one after another."""
-        for name, parameter in self._sparse.items():
-            if not parameter.requires_grad:
-                continue
-            rows, shape = self._rows_of(parameter)
-            message = f"{self._options.name}.{name}"
-            indices = hvd.allgather(rows.indices().t().contiguous(), name=f"{message}.indices").t()
-            values = hvd.allgather(rows.values(), name=f"{message}.values")
-            parameter.grad = torch.sparse_coo_tensor(indices, values, shape) if values.numel() else None
-
-    def _rows_of(self, parameter: nn.Parameter) -> tuple[Tensor, torch.Size]:
-        gradient = parameter.grad
-        if gradient is None or not self.weight:
-            gradient = torch.sparse_coo_tensor(
-                torch.zeros((1, 0), dtype=torch.int64), parameter.new_zeros((0, *parameter.shape[1:])), parameter.shape
-            )
-        return (gradient * self.weight).coalesce(), parameter.shape
 
     def _keep_shares(self, of_step: part.Part) -> None:
         """Gradients that were held back get the share of the next batch when they are sent: makes up for it."""
@@ -244,3 +226,35 @@ class GradientExchange:
         if self._is_sum:
             return float(not (of_step and of_step.is_empty))
         return of_step.share if of_step else 1 / self._topology.world_size
+
+
+class SparseRows:
+    """Sums sparse gradients of embeddings by gathering the rows of all ranks.
+
+    Args:
+        named: the parameters with their names.
+        name: begins the names of the messages.
+
+    Attributes:
+        named: the parameters.
+    """
+
+    def __init__(self, named: Mapping[str, nn.Parameter], name: str) -> None:
+        self.named, self._name = dict(named), name
+
+    def gather(self, weight: float) -> None:
+        """Gives each parameter the rows of all ranks, those of this rank multiplied by its weight."""
+        for name, parameter in self.named.items():
+            if parameter.requires_grad:
+                rows = self._rows(parameter, weight)
+                indices = hvd.allgather(rows.indices().t().contiguous(), name=f"{self._name}.{name}.indices").t()
+                values = hvd.allgather(rows.values(), name=f"{self._name}.{name}.values")
+                parameter.grad = torch.sparse_coo_tensor(indices, values, parameter.shape) if values.numel() else None
+
+    def _rows(self, parameter: nn.Parameter, weight: float) -> Tensor:
+        gradient = parameter.grad
+        if gradient is None or not weight:
+            no_row = torch.zeros((1, 0), dtype=torch.int64)
+            values = parameter.new_zeros((0, *parameter.shape[1:]), requires_grad=False)
+            gradient = torch.sparse_coo_tensor(no_row, values, parameter.shape)
+        return (gradient * weight).coalesce()
