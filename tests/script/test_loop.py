@@ -249,6 +249,31 @@ def test_a_rank_without_a_row_changes_nothing(runtime: Any) -> None:
 
 
 @pytest.mark.ranks(2, framework="torch")
+def test_an_evaluation_within_an_epoch_changes_nothing() -> None:
+    from common.torch.script import part
+
+    import torch
+    from torch import nn
+
+    run, model, optimizer, loader = prepared(build())
+    expected = train(run, model, optimizer, loader)
+    run, model, optimizer, loader = prepared(build())
+    losses = []
+    for inputs, targets in loader:
+        given = part.current()
+        with torch.no_grad():
+            seen = sum(len(rows) for rows, _ in loader)
+        assert part.current() is given
+        assert run.sum(seen) == 65
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        losses.append(run.mean(loss))
+    assert losses == pytest.approx(expected)
+
+
+@pytest.mark.ranks(2, framework="torch")
 def test_a_step_needs_an_exchange() -> None:
     from torch import nn
 

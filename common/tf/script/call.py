@@ -31,6 +31,7 @@ class Call:
         (arguments if name in self._named else arguments.setdefault(self._collected, {}))[name] = value
 
     def __call__(self) -> Any:
+        """Makes the call."""
         return self._method(*self._bound.args, **self._bound.kwargs)
 
 

@@ -57,11 +57,12 @@ class RankLoader:
         return getattr(self._loader, name)
 
     def __iter__(self) -> Iterator[Any]:
+        outer = part.current()  # of a training epoch in which this one is an evaluation
         self._run.begin_epoch()
         if self._restored:
             torch.set_rng_state(self._restored["at_begin"])
         self._at_begin = torch.get_rng_state()
-        self._parts.clear()
+        parts = self._parts = deque()
         is_training = torch.is_grad_enabled()
         self._skipped, self._num_given = self._restored.get("num_given", 0), self._restored.get("num_given", 0)
         batches = iter(self._inner) if self._inner is not None else self._cut(iter(self._loader))
@@ -69,13 +70,14 @@ class RankLoader:
             if self._restored:
                 torch.set_rng_state(self._restored.pop("now"))
                 self._restored = {}
-            of_step = self._parts.popleft()
+            of_step = parts.popleft()
             self._num_given += 1
             if of_step.is_empty and not is_training:
                 continue
             self._run.begin_batch(of_step)
             yield batch
         self._run.end_epoch(is_training)
+        part.set_current(outer)
         self._num_given = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,16 +113,17 @@ class RankLoader:
         )
 
     def _cut(self, batches: Iterator[Any]) -> Iterator[Any]:
+        parts = self._parts
         for number, batch in enumerate(batches):
             if number < self._skipped:
                 continue
             of_step = part.of_batch(part.num_rows(batch), self._topology)
-            self._parts.append(of_step)
+            parts.append(of_step)
             yield part.take(batch, of_step)
 
     def rows(self) -> Iterator[list[int]]:
         """The numbers of this rank's examples, batch by batch."""
-        order = iter(self._loader.batch_sampler)  # type: ignore[arg-type]
+        order, parts = iter(self._loader.batch_sampler), self._parts  # type: ignore[arg-type]
         seen: list[list[int]] = []
         for number, examples in enumerate(order):
             if not number:
@@ -129,7 +132,7 @@ class RankLoader:
             if number < self._skipped:
                 continue
             of_step = part.of_batch(len(examples), self._topology)
-            self._parts.append(of_step)
+            parts.append(of_step)
             yield list(examples[of_step.rows])
 
 
