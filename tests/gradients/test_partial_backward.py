@@ -60,40 +60,17 @@ def test_a_parameter_without_a_gradient_is_left_alone_as_on_one_rank() -> None:
     assert after_five_steps(topology(), compression=method("topk"))["unused"] == [1, 1, 1]
 
 
-def test_freezing_and_unfreezing_are_followed_on_all_ranks() -> None:
-    from common.torch.distributed import runtime
+def test_a_parameter_that_is_unfrozen_later_is_found_out() -> None:
     from common.torch.gradients.allreduce import AllreduceSync
 
     import torch
 
-    place = topology()
     model = torch.nn.ParameterDict({name: torch.ones(3) for name in ("first", "second")})
     model["second"].requires_grad = False
-    gradients = AllreduceSync(model.named_parameters(), place, SyncOptions(method("topk")))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.5)
-
-    def loss() -> Any:
-        trained = [parameter.sum() for parameter in model.values() if parameter.requires_grad]
-        return torch.stack(trained).sum() * (1 + place.rank)  # without the exchange the ranks would part
-
-    steps(gradients, optimizer, loss)
-    assert model["second"].tolist() == [1, 1, 1]
+    gradients = AllreduceSync(model.named_parameters(), topology())
     model["second"].requires_grad = True
-    with pytest.raises(TrainingError, match=r"parameter second was frozen and is trained now: .* call rebuild"):
+    with pytest.raises(TrainingError, match="parameter second was frozen and is trained now"):
         gradients.zero()
-    residual = gradients.state()["residual"][0].clone()
-    gradients.rebuild()
-    torch.testing.assert_close(gradients.state()["residual"][0], residual)
-    model["first"].requires_grad = False
-    before = model["first"].tolist()
-    gradients.rebuild()
-    steps(gradients, optimizer, loss)
-    assert model["first"].tolist() == before
-    assert model["second"].tolist() != [1, 1, 1]
-    runtime.assert_weights_in_sync(model)
-    model["first"].requires_grad = place.rank == 0
-    with pytest.raises(TrainingError, match="the ranks have frozen other parameters than each other"):
-        gradients.rebuild()
 
 
 @pytest.mark.parametrize("how", ["two passes", "reentrant checkpointing"])

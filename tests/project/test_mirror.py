@@ -31,7 +31,6 @@ DIFFERENCES = {
     "gradients/allreduce.py AllreduceSync.accept": "backward returns gradients in TensorFlow",
     "gradients/allreduce.py AllreduceSync.close": "hooks of backward; a graph has none",
     "gradients/allreduce.py AllreduceSync.names": "Keras' variables are known by their order",
-    "gradients/allreduce.py AllreduceSync.rebuild": "a traced graph has its weights for good",
     "gradients/allreduce.py AllreduceSync.load": IN_PLACE,
     "gradients/allreduce.py AllreduceSync.variables": IN_PLACE,
     "gradients/autotune.py Model*": "PyTorch has a type for it",

@@ -301,6 +301,24 @@ def test_dropout_of_pytorchs_own_layers_differs_between_ranks(runtime: Any) -> N
 
 
 @pytest.mark.ranks(2, framework="torch")
+def test_freezing_keeps_the_residuals_of_other_parameters(runtime: Any) -> None:
+    import torch
+
+    options = {"compression": {"name": "topk", "min_numel": 16}}
+    run, model, optimizer, loader = prepared(build(), options)
+    train(run, model, optimizer, loader)
+    before, head = run.state_dict()["0"]["residual"], model[-1].weight.detach().clone()
+    model[0].weight.requires_grad = False
+    frozen = model[0].weight.detach().clone()
+    next(iter(loader))
+    assert torch.equal(run.state_dict()["0"]["residual"]["2.weight"], before["2.weight"])
+    train(run, model, optimizer, loader)
+    assert torch.equal(model[0].weight, frozen)
+    assert not torch.equal(model[-1].weight, head)
+    runtime.assert_weights_in_sync(model)
+
+
+@pytest.mark.ranks(2, framework="torch")
 def test_ranks_may_draw_for_their_rows_alone(runtime: Any) -> None:
     import torch
     from torch import nn

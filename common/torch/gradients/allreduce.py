@@ -7,7 +7,6 @@ from common.distributed.topology import Topology
 from common.errors import TrainingError
 from common.gradients.bucketing import Bucket
 from common.gradients.gradient_sync import Allreduce, SyncOptions
-from common.torch.distributed import runtime
 from common.torch.gradients import norms
 from common.torch.gradients.bucket_exchange import BucketExchange
 from common.torch.gradients.health_probe import HealthProbe
@@ -27,7 +26,7 @@ class AllreduceSync(Allreduce):
 
     Args:
         weights: the parameters of the model or of this rank's stage, in order, with or without names. Frozen
-            parameters are ignored; after freezing or unfreezing some, call rebuild().
+            parameters are ignored.
         topology: the place of this rank; the ranks of its group exchange gradients.
         options: how gradients are summed.
         tied: parameters that are shared with other stages, each with all ranks that have it.
@@ -51,30 +50,8 @@ class AllreduceSync(Allreduce):
         self._tied = [parameter for parameter, _ in tied]
         self._scaler, self._stages = LossScaler(options), StageSums(topology, tied)
         self._probe = HealthProbe(topology, self._stages)
-        self._exchange = self._new_exchange()
-
-    def _new_exchange(self) -> BucketExchange:
         trained = {name: parameter for name, parameter in self._named.items() if parameter.requires_grad}
-        return BucketExchange(trained, self._topology, self.options, self._scaler, self._probe, self._tied)
-
-    def rebuild(self) -> None:
-        """Rebuilds the buckets after freezing or unfreezing parameters; all ranks must call it.
-
-        The compressors' state of parameters that are still trained is kept.
-
-        Raises:
-            TrainingError: the ranks train different parameters.
-        """
-        trained = [name for name, parameter in self._named.items() if parameter.requires_grad]
-        if any(others != trained for others in runtime.allgather_object(trained)):
-            raise TrainingError("the ranks have frozen other parameters than each other; freeze the same ones on all")
-        before = self._exchange
-        before.remove_hooks()
-        self._exchange, old_state = self._new_exchange(), before.compressors.state()
-        for name, tensors in self.state().items():
-            old = {before.parameters[index]: tensor for index, tensor in old_state.get(name, {}).items()}
-            for index, tensor in tensors.items():
-                tensor.copy_(old.get(self._exchange.parameters[index], tensor))
+        self._exchange = BucketExchange(trained, topology, options, self._scaler, self._probe, self._tied)
 
     def close(self) -> None:
         """Lets the parameters go, so that another exchange can have them."""
@@ -106,7 +83,7 @@ class AllreduceSync(Allreduce):
             if parameter.requires_grad and parameter not in trained:
                 raise TrainingError(
                     f"parameter {name} was frozen and is trained now: its gradient would not be summed over the "
-                    "ranks; call rebuild() on all ranks after freezing or unfreezing"
+                    "ranks; freeze and unfreeze before the gradients' buckets are made"
                 )
             parameter.grad = None
         self._exchange.buffers.scalars.zero_()
