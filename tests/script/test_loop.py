@@ -76,7 +76,7 @@ def test_ranks_that_differ_are_refused(capfd: pytest.CaptureFixture[str]) -> Non
 
     actions = {
         "weights of the models": lambda: run.prepare(build(nn.Linear(16 + run.rank, 16 + run.rank))),
-        "numbers of examples": lambda: run.prepare(DataLoader(data(65 + run.rank), batch_size=16)),
+        "datasets": lambda: run.prepare(DataLoader(data(65 + run.rank), batch_size=16)),
         "draw other examples": sampler,
         "compression='zip': choose from": lambda: loop.start(compression="zip"),
         "ratios: choose from": lambda: loop.start(compression={"name": "topk", "ratios": 1}),
@@ -244,7 +244,7 @@ def test_a_rank_without_a_row_changes_nothing(runtime: Any) -> None:
         seen.append(not torch.equal(before, model[1].running_mean))
     assert seen == [True, False]
     with torch.no_grad():
-        assert len(list(loader)) == (2 if run.rank == 0 else 1)
+        assert [len(rows) for rows, _ in loader] == ([2, 1] if run.rank == 0 else [2, 0])
     runtime.assert_weights_in_sync(model)
 
 
@@ -292,7 +292,8 @@ def test_dropout_of_pytorchs_own_layers_differs_between_ranks(runtime: Any) -> N
     from torch import nn
 
     _, model, _, loader = prepared(nn.LSTM(8, 8, num_layers=2, dropout=0.5))
-    next(iter(loader))
+    batches = iter(loader)
+    next(batches)
     torch.manual_seed(3)
     drawn = model(torch.ones(5, 1, 8))[0].sum().item()
     of_ranks = runtime.allgather_object([drawn, int(torch.randint(1000, ()))])
@@ -324,7 +325,8 @@ def test_ranks_may_draw_for_their_rows_alone(runtime: Any) -> None:
     from torch import nn
 
     run, model, optimizer, loader = prepared(build(nn.Dropout(0.5)), {"noise": "rank"})
-    next(iter(loader))
+    batches = iter(loader)
+    next(batches)
     sums = [nn.functional.dropout(torch.ones(8, 99)), torch.randn(8, 99), torch.rand_like(torch.ones(8, 99))]
     of_ranks = runtime.allgather_object([each.sum().item() for each in sums])
     assert all(mine != other for mine, other in zip(*of_ranks, strict=True))
@@ -359,3 +361,65 @@ def test_one_rank_changes_nothing() -> None:
     assert run.prepare(model) is model
     assert run.prepare(model, loader) == (model, loader)
     assert run.mean(1.5) == run.sum(1.5) == 1.5
+
+
+@pytest.mark.ranks(2, framework="torch")
+def test_means_are_those_of_the_exchange(runtime: Any) -> None:
+    from common.torch.script import loop
+
+    import torch
+    from torch import nn
+    from torch.nn.functional import cross_entropy  # imported by name, before the run starts
+    from torch.utils.data import DataLoader, TensorDataset
+
+    inputs, targets = data()[:]
+    counted = torch.where(torch.arange(65) % 5 < 3, targets, -1)
+    run = loop.start(seed=1)
+    model = run.prepare(build())
+    for rows, wanted in run.prepare(DataLoader(TensorDataset(inputs, counted), batch_size=65)):
+        loss = cross_entropy(model(rows), wanted, None, None, -1)
+        loss.backward()
+    expected = nn.functional.cross_entropy(model(inputs), counted, ignore_index=-1)
+    assert run.mean(loss) == pytest.approx(expected.item(), rel=1e-6)  # after the loop, too
+    (alone,) = torch.autograd.grad(expected, model[0].weight)
+    torch.testing.assert_close(model[0].weight.grad, alone)
+
+
+@pytest.mark.ranks(2, framework="torch")
+def test_gradients_that_are_not_summed_are_an_error() -> None:
+    from common.torch.script import loop
+
+    import torch
+    from torch import nn
+    from torch.utils.data import DataLoader
+
+    run = loop.start(seed=1, losses="sum")
+    model, loose = build(), nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([*model.parameters(), loose], lr=0.1)
+    model, optimizer, loader = run.prepare(model, optimizer, DataLoader(data(), batch_size=16))
+    batches = iter(loader)
+    inputs, targets = next(batches)
+    nn.functional.cross_entropy(model(inputs) * loose, targets, reduction="sum").backward()
+    with pytest.raises(TrainingError, match="a parameter of no prepared model"):
+        optimizer.step()
+    with pytest.raises(TrainingError, match="losses='sum': gradients are not cleared"):
+        nn.functional.cross_entropy(model(inputs), targets, reduction="sum").backward()
+
+
+@pytest.mark.ranks(2, framework="torch")
+def test_what_is_drawn_after_a_loop_is_the_same_on_all_ranks(runtime: Any) -> None:
+    import torch
+
+    _, _, _, loader = prepared(build())
+    next(iter(loader))
+    noise = torch.randn(16, 2).sum().item()
+    assert len(set(runtime.allgather_object(noise))) == 1
+
+
+@pytest.mark.ranks(2, framework="torch")
+def test_a_model_may_be_prepared_again(runtime: Any) -> None:
+    shared = build()
+    prepared(shared)
+    expected = train(*prepared(build()))
+    assert train(*prepared(shared)) == pytest.approx(expected)
+    runtime.assert_weights_in_sync(shared)

@@ -68,6 +68,8 @@ class Together(keras.callbacks.Callback):
 
 def of_rank(given: Any, rank: int) -> list[keras.callbacks.Callback]:
     """The callbacks that a rank runs: those that write files only on rank 0."""
+    if isinstance(given, keras.callbacks.CallbackList):
+        given = given.callbacks
     several = given if isinstance(given, list | tuple) else [given] if given else []
     return [callback for callback in several if rank == 0 or not isinstance(callback, WRITERS)]
 

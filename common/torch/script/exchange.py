@@ -5,7 +5,6 @@ import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from common.distributed.topology import Topology
 from common.errors import TrainingError
@@ -18,13 +17,14 @@ import horovod.torch as hvd
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.utils.weak import WeakIdKeyDictionary
 
 # How far the sum of all ranks' weights is from 1 if all targets count.
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 _numbers = itertools.count()
-_exchange_of: WeakKeyDictionary[nn.Parameter, "GradientExchange"] = WeakKeyDictionary()
+_exchange_of: Any = WeakIdKeyDictionary()  # parameter -> GradientExchange
 
 
 class GradientExchange:
@@ -42,6 +42,7 @@ class GradientExchange:
 
     Attributes:
         weight: this rank's weight in the means of the last exchange.
+        exchanged_part: this rank's part of the batch of the last exchange.
     """
 
     def __init__(
@@ -52,36 +53,40 @@ class GradientExchange:
         self._sparse = SparseRows({}, "")
         self._syncs: list[AllreduceSync] = []
         self._is_running = self._is_held_back = False
-        self._has_exchanged = False
-        self._held_share: float | None = None  # of the gradients that no_sync has kept back
-        self._zeroing: list[Any] = []  # hooks that keep the next gradients from counting
-        self._targets_per_row = 0.0
+        self._is_pending = False  # whether no_sync has kept gradients back
+        self._num_exchanges = 0
+        self._seen: dict[int, int] = {}  # optimizer -> number of exchanges at its last step
+        self._weighing: list[Any] = []  # hooks that weigh gradients when they come, not when they are sent
+        self._unit = 1.0  # the sum of the ranks' weights where all targets count
         self._trained: list[bool] = []
-        self.weight = 1 / topology.world_size
-        for parameter in self._named.values():
-            if parameter in _exchange_of:
-                _exchange_of[parameter].close()
+        self.weight, self.exchanged_part = 1 / topology.world_size, part.current()
+        self._hooks: dict[str, Any] = {}
+        others = {id(_exchange_of[each]): _exchange_of[each] for each in self._named.values() if each in _exchange_of}
+        for other in others.values():
+            other.release(self._named.values())
+        for name, parameter in self._named.items():
             _exchange_of[parameter] = self
-        self._hooks = {
-            name: self._hook(parameter) for name, parameter in self._named.items() if parameter.requires_grad
-        }
+            if parameter.requires_grad:
+                self._hooks[name] = self._hook(parameter)
 
     def _hook(self, parameter: nn.Parameter) -> Any:
         """Must be registered before the hooks of the buckets."""
         return parameter.register_post_accumulate_grad_hook(self._begin)
 
-    def close(self) -> None:
-        """Lets the parameters go: a model that is prepared again has another exchange."""
-        for hook in self._hooks.values():
-            hook.remove()
-        for sync in self._syncs:
-            sync.close()
-        self._named, self._syncs, self._sparse = {}, [], SparseRows({}, "")
+    def release(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Lets parameters go, which another exchange takes over: their model was prepared again."""
+        ids = {id(parameter) for parameter in parameters}
+        for name in [name for name, parameter in self._named.items() if id(parameter) in ids]:
+            del self._named[name]
+            self._sparse.named.pop(name, None)
+            if name in self._hooks:
+                self._hooks.pop(name).remove()
+        self._build()
 
     def use_sparse(self, parameters: Iterable[Tensor]) -> None:
         """Names the parameters whose gradients are sparse: their rows are gathered."""
-        chosen = set(parameters)
-        named = {name: parameter for name, parameter in self._named.items() if parameter in chosen}
+        chosen = {id(parameter) for parameter in parameters}
+        named = {name: parameter for name, parameter in self._named.items() if id(parameter) in chosen}
         self._sparse = SparseRows(named, self._options.name)
         self._build()
 
@@ -90,39 +95,41 @@ class GradientExchange:
         return any(id(parameter) in ids for parameter in self._named.values())
 
     def prepare(self) -> None:
-        """Before a forward pass: follows parameters that were frozen or unfrozen; handles a batch without a row."""
+        """Before a forward pass: follows parameters that were frozen or unfrozen."""
         if [parameter.requires_grad for parameter in self._named.values()] != self._trained:
             for name, parameter in self._named.items():
                 if parameter.requires_grad and name not in self._hooks:
                     self._hooks[name] = self._hook(parameter)
             self._build()
-        of_step = part.current()
-        if self._held_share is not None and of_step and torch.is_grad_enabled():
-            self._keep_shares(of_step)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Backward within adds to the gradients of this rank alone; the next one outside exchanges them all."""
         self._is_held_back = True
+        if not self._weighing:
+            trained = [parameter for parameter in self._named.values() if parameter.requires_grad]
+            self._weighing = [parameter.register_hook(self._weighed) for parameter in trained]
         try:
             yield
         finally:
             self._is_held_back = False
 
-    def before_step(self) -> None:
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Exchanges if this rank's backward has not: the model was not used here, but maybe on another rank.
 
         Raises:
             TrainingError: gradients were not summed.
         """
+        if self._is_running:
+            raise TrainingError("an optimizer has made its step within backward, before gradients were summed")
         if [parameter.requires_grad for parameter in self._named.values()] != self._trained:
             raise TrainingError("parameters were frozen or unfrozen within a batch; do it before the batch is drawn")
-        if self._held_share is not None:
+        if self._is_pending:
             raise TrainingError("all backward passes of this step were within no_sync(); leave the last one outside")
-        if not self._has_exchanged:
+        if self._seen.get(id(optimizer), 0) == self._num_exchanges:
             self._start()
             self._finish()
-        self._has_exchanged = False
+        self._seen[id(optimizer)] = self._num_exchanges
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """The state of this rank's compressors, by name of the state and of the parameter."""
@@ -160,72 +167,69 @@ class GradientExchange:
             for key, tensor in of_parameters.items():
                 tensor.copy_(old.get(name, {}).get(key, tensor))
 
-    def _begin(self, _: nn.Parameter) -> None:
-        """Hook of each parameter; the first of a backward starts the exchange, or notes that it is held back."""
+    def _begin(self, parameter: nn.Parameter) -> None:
+        """Hook of each parameter; the first of a backward starts the exchange, unless it is held back."""
         if self._is_running:
             return
         self._is_running = True
         Variable._execution_engine.queue_callback(self._finish)
         if not self._is_held_back:
+            if self._is_sum:
+                self._check_cleared(parameter)
             self._start()
 
     def _start(self) -> None:
-        of_step = part.current()
-        share = self._share(of_step)
-        self.weight = share * self._counted(of_step)
+        self.weight = self.current_weight()
+        scale = 1.0 if self._weighing else self.weight
         for sync in self._syncs:
-            sync.prepare_for_backward(self.weight, local_batch_fraction=share, scale=self.weight)
+            sync.prepare_for_backward(self.weight, local_batch_fraction=self.weight, scale=scale)
 
-    def _counted(self, of_step: part.Part | None) -> float:
-        """The factor on the share of rows that makes it one of targets; see losses.py."""
+    def current_weight(self) -> float:
+        """This rank's weight among the gradients of all ranks."""
+        of_step = part.current()
+        if self._is_sum:
+            return float(not (of_step and of_step.is_empty))
+        if of_step is None:
+            return 1 / self._topology.world_size
         number = losses.targets_per_row()
-        if number is None or of_step is None or self._is_sum:
-            return 1.0
-        if not self._targets_per_row:
-            (total, count) = runtime.sum_over_ranks(number * of_step.num_rows, of_step.num_rows)
-            self._targets_per_row = total / max(count, 1)
-        return number / (self._targets_per_row or 1.0)
+        return of_step.share if number is None else of_step.share * number / self._unit
+
+    def _weighed(self, gradient: Tensor) -> Tensor:
+        """Hook of each parameter, with no_sync: gradients of batches with other shares are added up."""
+        weight = self.current_weight()
+        return gradient * weight if weight else torch.zeros_like(gradient)
+
+    def _check_cleared(self, first: nn.Parameter) -> None:
+        others = [each.grad for each in self._named.values() if each is not first and each.grad is not None]
+        if any(bool(gradient.any()) for gradient in others if not gradient.is_sparse):
+            raise TrainingError("losses='sum': gradients are not cleared before backward; accumulate within no_sync()")
 
     def _finish(self) -> None:
         """At the end of a backward."""
         was_begun, self._is_running = self._is_running, False
-        share = self._share(part.current())
-        for hook in self._zeroing:
-            hook.remove()
-        self._zeroing = []
         if self._is_held_back and was_begun:
-            self._held_share = share
+            self._is_pending = True
+            if losses.has_partial() and not self._is_sum:
+                raise TrainingError("targets that do not count cannot be accumulated within no_sync(); do without it")
+            losses.forget()
             return
-        self._has_exchanged, self._held_share = True, None
+        has_numbers = part.current() is not None and losses.targets_per_row() is not None
+        losses.forget()
+        self._num_exchanges, self._is_pending = self._num_exchanges + 1, False
+        was_weighed = bool(self._weighing)
+        for hook in self._weighing:
+            hook.remove()
+        self._weighing = []
+        self.exchanged_part = part.current()
         totals = [float(sync.synchronize().loss) for sync in self._syncs]
-        for sync, total in zip(self._syncs, totals, strict=True):
-            if not self._is_sum and total > 0 and abs(total - 1) > ROUNDING[sync.gradients[0].dtype]:
+        total = totals[0] if totals and totals[0] > 0 and not self._is_sum else 1.0
+        self.weight /= total
+        self._sparse.gather(1 / total if was_weighed else self.weight)
+        for sync in self._syncs:
+            if abs(total - 1) > ROUNDING[sync.gradients[0].dtype]:
                 torch._foreach_div_(sync.gradients, total)
-        self._sparse.gather(self.weight)
-        self.weight /= totals[0] if totals and totals[0] > 0 and not self._is_sum else 1.0
-
-    def _keep_shares(self, of_step: part.Part) -> None:
-        """Gradients that were held back get the share of the next batch when they are sent: makes up for it."""
-        held, share = self._held_share, self._share(of_step)
-        gradients = [parameter.grad for parameter in self._named.values() if parameter.grad is not None]
-        if held is None or share == held or not gradients:
-            return
-        if not share:  # the next gradients do not count
-            trained = [parameter for parameter in self._named.values() if parameter.requires_grad]
-            self._zeroing = [parameter.register_hook(torch.zeros_like) for parameter in trained]
-            return
-        if held:
-            torch._foreach_mul_(gradients, held / share)
-        else:
-            torch._foreach_zero_(gradients)
-        self._held_share = share
-
-    def _share(self, of_step: part.Part | None) -> float:
-        if self._zeroing:
-            return self._held_share or 0.0
-        if self._is_sum:
-            return float(not (of_step and of_step.is_empty))
-        return of_step.share if of_step else 1 / self._topology.world_size
+        if has_numbers and self._unit == 1.0:
+            self._unit = total
 
 
 class SparseRows:

@@ -1,5 +1,6 @@
 """A DataLoader whose batches are this rank's rows of those that the author's loader gives."""
 
+import hashlib
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -15,16 +16,16 @@ from torch.utils.data import DataLoader, IterableDataset
 class Epochs(Protocol):
     """What a loader needs of its run."""
 
-    def begin_epoch(self) -> None:
-        """All ranks take rank 0's state of the random generator."""
+    def begin_epoch(self) -> bool:
+        """All ranks take rank 0's state of the random generator. Returns whether the models are trained."""
 
-    def check_order(self, batches: list[list[int]]) -> None:
+    def check_order(self, print_of: str) -> None:
         """Compares the ranks' orders of the examples."""
 
     def begin_batch(self, of_step: Part) -> None:
         """Called when a batch is given."""
 
-    def end_epoch(self, is_training: bool) -> None:
+    def end_epoch(self, is_training: bool, order: str) -> None:
         """Called when all batches were given."""
 
 
@@ -32,7 +33,7 @@ class RankLoader:
     """This rank's rows of each global batch of a DataLoader, in the author's order.
 
     The ranks' parts of a batch differ by at most one row. A rank without a row gets another rank's row, which does not
-    count; while gradients are switched off, it gets no batch. A rank reads only its rows; of a stream, all.
+    count; in an evaluation, it gets a batch without rows. A rank reads only its rows; of a stream, all.
 
     Args:
         loader: the author's loader; other attributes of this object are its.
@@ -46,6 +47,7 @@ class RankLoader:
         self._num_given, self._skipped = 0, 0
         self._at_begin = torch.get_rng_state()
         self._restored: dict[str, Any] = {}
+        self._order = hashlib.sha256()  # of the examples of this epoch so far
         is_stream = isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None
         self._inner = None if is_stream else self._with_rows()
 
@@ -57,26 +59,32 @@ class RankLoader:
         return getattr(self._loader, name)
 
     def __iter__(self) -> Iterator[Any]:
-        outer = part.current()  # of a training epoch in which this one is an evaluation
-        self._run.begin_epoch()
+        outer = part.drawing() and part.current()  # of a training epoch in which this one is an evaluation
+        is_training = self._run.begin_epoch()
         if self._restored:
             torch.set_rng_state(self._restored["at_begin"])
         self._at_begin = torch.get_rng_state()
         parts = self._parts = deque()
-        is_training = torch.is_grad_enabled()
         self._skipped, self._num_given = self._restored.get("num_given", 0), self._restored.get("num_given", 0)
         batches = iter(self._inner) if self._inner is not None else self._cut(iter(self._loader))
-        for batch in batches:
-            if self._restored:
-                torch.set_rng_state(self._restored.pop("now"))
-                self._restored = {}
-            of_step = parts.popleft()
-            self._num_given += 1
-            if of_step.is_empty and not is_training:
-                continue
-            self._run.begin_batch(of_step)
-            yield batch
-        self._run.end_epoch(is_training)
+        given: Part | None = None
+        try:
+            while True:
+                with part.reading():
+                    batch = next(batches, None)
+                if batch is None:
+                    break
+                if self._restored:
+                    torch.set_rng_state(self._restored.pop("now"))
+                    self._restored = {}
+                given = parts.popleft()
+                self._num_given += 1
+                self._run.begin_batch(given)
+                yield part.without_rows(batch) if given.is_empty and not is_training else batch
+        except GeneratorExit:  # the loop was left, but its last batch may still be used
+            part.set_current(given, is_open=False)
+            raise
+        self._run.end_epoch(is_training, self._order.hexdigest())
         part.set_current(outer)
         self._num_given = 0
 
@@ -114,7 +122,11 @@ class RankLoader:
 
     def _cut(self, batches: Iterator[Any]) -> Iterator[Any]:
         parts = self._parts
+        self._order = hashlib.sha256()
         for number, batch in enumerate(batches):
+            self._order.update(part.fingerprint(batch))
+            if not number:
+                self._run.check_order(self._order.hexdigest())
             if number < self._skipped:
                 continue
             of_step = part.of_batch(part.num_rows(batch), self._topology)
@@ -124,11 +136,11 @@ class RankLoader:
     def rows(self) -> Iterator[list[int]]:
         """The numbers of this rank's examples, batch by batch."""
         order, parts = iter(self._loader.batch_sampler), self._parts  # type: ignore[arg-type]
-        seen: list[list[int]] = []
+        self._order = hashlib.sha256()
         for number, examples in enumerate(order):
+            self._order.update(repr(list(examples)).encode())
             if not number:
-                seen = [list(map(int, examples))]
-                self._run.check_order(seen)
+                self._run.check_order(self._order.hexdigest())
             if number < self._skipped:
                 continue
             of_step = part.of_batch(len(examples), self._topology)

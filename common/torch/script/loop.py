@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from common.distributed.topology import Topology
-from common.errors import ConfigError
+from common.errors import ConfigError, TrainingError
 from common.gradients.gradient_sync import SyncOptions
 from common.torch.distributed import runtime
 from common.torch.script import losses as of_targets
@@ -21,9 +22,10 @@ from common.torch.script.loader import RankLoader
 from common.torch.script.part import Part
 
 import horovod.torch as hvd
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 
 def start(
@@ -49,6 +51,9 @@ def start(
     """
     topology = runtime.init()
     torch.manual_seed(seed)
+    if topology.world_size > 1:  # authors may draw with them without a seed
+        random.seed(seed)
+        np.random.seed(seed)
     with _refusals(topology):
         if losses not in ("mean", "sum"):
             raise ConfigError([f"losses={losses!r}: choose from mean, sum"])
@@ -126,14 +131,9 @@ class Run:
 
     def _prepare_model(self, model: nn.Module, sync_batch_norm: bool) -> None:
         runtime.broadcast_state(model, SimpleNamespace(param_groups=[], state={}))
+        exchange = GradientExchange(model.named_parameters(), self._topology, self._options, self._is_sum)
         if sync_batch_norm:
-            statistics.use_global_batch(model)
-        exchange = GradientExchange(
-            model.named_parameters(),
-            self._topology,
-            self._options,
-            self._is_sum,
-        )
+            statistics.use_global_batch(model, exchange.current_weight)
         layers = [layer for layer in model.modules() if isinstance(layer, nn.Embedding | nn.EmbeddingBag)]
         exchange.use_sparse([layer.weight for layer in layers if layer.sparse])
         self._models.append(model)
@@ -152,12 +152,18 @@ class Run:
         number = float(value.detach()) if isinstance(value, Tensor) else float(value)
         if self.world_size == 1:
             return number
-        of_step = part.current()
-        weight = of_step.share if of_step else 1 / self.world_size
+        weight = self._weight()
+        return runtime.sum_over_ranks(number * weight if weight else 0.0)[0]
+
+    def _weight(self) -> float:
+        """This rank's weight in the last batch: that of its gradients, if they were exchanged, or of its rows."""
+        last = part.last()
+        exchanged = [each for each in self._exchanges if last and each.exchanged_part is last]
+        if exchanged:
+            return exchanged[-1].weight
         if self._is_sum:
-            weight = float(not (of_step and of_step.is_empty))
-        total = runtime.sum_over_ranks(number * weight if weight else 0.0)[0]
-        return total
+            return float(not (last and last.is_empty))
+        return last.share if last else 1 / self.world_size
 
     def sum(self, *values: Tensor | float) -> Any:
         """The sum of each value over the ranks, computed in float64: one float, or a list."""
@@ -188,23 +194,27 @@ class Run:
         for model in self._models:
             runtime.assert_weights_in_sync(model)
 
-    def begin_epoch(self) -> None:
+    def begin_epoch(self) -> bool:
         """Called by a loader: all ranks take rank 0's state of the random generator."""
         part.set_current(None)
         torch.set_rng_state(hvd.broadcast(torch.get_rng_state(), 0, name="script.generator"))
+        return torch.is_grad_enabled() and (not self._models or any(model.training for model in self._models))
 
-    def check_order(self, batches: list[list[int]]) -> None:
+    def check_order(self, print_of: str) -> None:
         """Called by a loader: compares the ranks' orders of the examples."""
-        print_of = hashlib.sha256(repr(batches).encode()).hexdigest()
         with _refusals(self._topology):
             if len(set(runtime.allgather_object(print_of))) > 1:
                 raise ConfigError(
-                    ["the ranks' loaders draw other examples than each other: give their samplers the same seed"]
+                    [
+                        "the ranks' loaders draw other examples than each other: give their samplers the same seed, "
+                        "and let all ranks make the same dataset"
+                    ]
                 )
 
     def begin_batch(self, of_step: Part) -> None:
         """Called by a loader when it gives a batch."""
         self._put_back()
+        of_targets.forget()
         part.set_current(of_step)
         with _refusals(self._topology):
             for exchange in self._exchanges:
@@ -213,10 +223,11 @@ class Run:
             buffers = [buffer for model in self._models for buffer in statistics.running(model)]
             self._kept = [(buffer, buffer.clone()) for buffer in buffers]
 
-    def end_epoch(self, is_training: bool) -> None:
+    def end_epoch(self, is_training: bool, order: str) -> None:
         """Called by a loader when it has given all batches."""
         self._put_back()
         part.set_current(None)
+        self.check_order(order)
         if is_training:
             statistics.average(self._models, self._topology)
 
@@ -225,6 +236,14 @@ class Run:
             buffer.copy_(before)
         self._kept = []
 
+    def _check_owned(self, optimizer: torch.optim.Optimizer) -> None:
+        known = {id(parameter) for model in self._models for parameter in model.parameters()}
+        for group in optimizer.param_groups:
+            if any(each.grad is not None and id(each) not in known for each in group["params"]):
+                raise TrainingError(
+                    "an optimizer has a parameter of no prepared model; put it into a module, and prepare it"
+                )
+
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
         """Hook of each optimizer; a closure's loss is that of the global batch, by which it searches along a line."""
         closure = kwargs.get("closure") or next((each for each in args if callable(each)), None)
@@ -232,14 +251,27 @@ class Run:
             owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             for exchange in self._exchanges:
                 if exchange.has_any(owned):
-                    exchange.before_step()
+                    exchange.before_step(optimizer)
+            self._check_owned(optimizer)
             return None
 
-        def of_all_ranks() -> float:
-            return self.mean(closure())
+        def of_all_ranks() -> Tensor:
+            loss = closure()
+            return torch.as_tensor(loss).new_tensor(self.mean(loss))
 
         replaced = tuple(of_all_ranks if each is closure else each for each in args)
         return replaced, {name: of_all_ranks if value is closure else value for name, value in kwargs.items()}
+
+
+def _fingerprint(dataset: Any) -> Any:
+    """What tells a dataset from another one, as far as that is known without reading examples."""
+    length = len(dataset) if hasattr(dataset, "__len__") else None
+    if isinstance(dataset, Subset):
+        indices = hashlib.sha256(repr(list(dataset.indices)).encode()).hexdigest()
+        return [length, indices, _fingerprint(dataset.dataset)]
+    if isinstance(dataset, TensorDataset):
+        return [length, hashlib.sha256(part.fingerprint([tensor[:1000] for tensor in dataset.tensors])).hexdigest()]
+    return length
 
 
 def _facts(objects: Sequence[Any]) -> dict[str, Any]:
@@ -262,7 +294,7 @@ def _facts(objects: Sequence[Any]) -> dict[str, Any]:
         "kinds of objects": [type(each).__name__ for each in objects],
         "weights of the models": weights,
         "optimizers": groups,
-        "numbers of examples": [len(each) if hasattr(each, "__len__") else None for each in sets],
+        "datasets": [_fingerprint(each) for each in sets],
         "versions": {**versions, "python": platform.python_version()},
     }
 

@@ -4,12 +4,14 @@ The mean of F.cross_entropy or F.nll_loss is over the targets that are not ignor
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from common.errors import TrainingError
-from common.torch.script import part
+from common.torch.script import part, replacing
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,19 +21,23 @@ _noted: list[tuple[float, bool]] = []  # targets for each row, and whether some 
 @functools.cache
 def install() -> None:
     """Wraps the two functions; outside of an epoch of a distributed loader they act as before."""
-    F.cross_entropy = _wrapped(F.cross_entropy)
-    F.nll_loss = _wrapped(F.nll_loss)
+    for name in ("cross_entropy", "nll_loss"):
+        replacing.replace(F, name, _wrapped(getattr(F, name)))
+
+
+def forget() -> None:
+    """Forgets the losses so far: a batch or a backward has ended."""
+    _noted.clear()
 
 
 def targets_per_row() -> float | None:
-    """Number of counted targets for each row in the losses since the last call; None if that does not matter here.
+    """Number of counted targets for each row in the losses since forget(); None if that does not matter.
 
     Raises:
         TrainingError: several losses have counted different numbers.
     """
     noted = set(_noted)
-    _noted.clear()
-    if not noted or (len(noted) > 1 and not any(is_partial for _, is_partial in noted)):
+    if not noted or (len(noted) > 1 and not has_partial()):
         return None
     if len({number for number, _ in noted}) > 1:
         raise TrainingError(
@@ -41,15 +47,36 @@ def targets_per_row() -> float | None:
     return next(iter(noted))[0]
 
 
+def has_partial() -> bool:
+    """Whether some targets of a loss since forget() do not count, or count with another weight."""
+    return any(is_partial for _, is_partial in _noted)
+
+
 def _wrapped(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    signature = inspect.signature(plain)
+
     @functools.wraps(plain)
-    def loss(input: Tensor, target: Tensor, weight: Tensor | None = None, *args: Any, **options: Any) -> Tensor:
+    def loss(*args: Any, **kwargs: Any) -> Tensor:
         of_step = part.current()
-        is_mean = options.get("reduction", "mean") == "mean" and not args
-        if of_step and is_mean and input.requires_grad and not target.is_floating_point():
-            counted = target != options.get("ignore_index", -100)
-            total = counted.sum().item() if weight is None else weight[target[counted]].sum().item()
-            _noted.append((total / of_step.num_computed, weight is not None or total < target.numel()))
-        return plain(input, target, weight, *args, **options)
+        if of_step and torch.is_grad_enabled():
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            _note(of_step, **given.arguments)
+        return plain(*args, **kwargs)
 
     return loss
+
+
+def _note(
+    of_step: part.Part,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    **_: Any,
+) -> None:
+    if reduction == "mean" and input.requires_grad and not target.is_floating_point():
+        counted = target != ignore_index
+        total = counted.sum().item() if weight is None else weight[target[counted]].sum().item()
+        _noted.append((total / of_step.num_computed, weight is not None or total < target.numel()))

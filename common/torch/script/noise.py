@@ -8,13 +8,14 @@ much with many ranks.
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from common.distributed.topology import Topology
 from common.errors import ConfigError
-from common.torch.script import part
+from common.torch.script import part, replacing
 
 import numpy as np
 import torch
@@ -43,12 +44,14 @@ def choose(kind: str) -> None:
 def install(topology: Topology) -> None:
     """Wraps functions of PyTorch; outside of an epoch of a distributed loader they act as before."""
     for name in DROPOUTS:
-        setattr(F, name, _dropout(getattr(F, name), topology))
-    for name in ("rand", "randn"):
-        setattr(torch, name, _by_shape(getattr(torch, name), topology))
+        replacing.replace(F, name, _dropout(getattr(F, name), topology))
+    for name in ("rand", "randn", "randint"):
+        replacing.replace(torch, name, _by_shape(getattr(torch, name), topology))
     for name in ("rand_like", "randn_like"):
-        setattr(torch, name, _like(getattr(torch, name), topology))
-    F.scaled_dot_product_attention = _attention(F.scaled_dot_product_attention, topology)
+        replacing.replace(torch, name, _like(getattr(torch, name), topology))
+    for name in ("normal", "bernoulli", "poisson", "multinomial"):
+        replacing.replace(torch, name, _of_this_rank(getattr(torch, name), topology))
+    replacing.replace(F, "scaled_dot_product_attention", _attention(F.scaled_dot_product_attention, topology))
     setattr(nn.RNNBase, "__call__", _recurrent(nn.RNNBase.__call__, topology))  # noqa: B010 (mypy)
 
 
@@ -64,14 +67,18 @@ def of_this_rank(topology: Topology) -> Iterator[None]:
 def _rows(num_rows: int) -> tuple[int, Tensor] | None:
     """How many rows to draw, and the numbers of this rank's among them; None if they do not belong to the batch.
 
-    The drawn tensor may have k blocks of a batch.
+    Up to three rows for each row of the batch are those of tensors that were put one after another (a GAN's real and
+    generated images); more are a dimension that was merged with the batch.
     """
-    of_step = part.current()
+    of_step = part.drawing()
     if of_step is None or _kind[0] == "rank" or not num_rows or num_rows % of_step.num_computed:
         return None
     num_blocks = num_rows // of_step.num_computed
     of_block = torch.arange(of_step.num_computed) + of_step.first
-    rows = (torch.arange(num_blocks)[:, None] * of_step.num_global + of_block).flatten()
+    if num_blocks <= 3:
+        rows = (torch.arange(num_blocks)[:, None] * of_step.num_global + of_block).flatten()
+    else:
+        rows = (of_block[:, None] * num_blocks + torch.arange(num_blocks)).flatten()
     return num_blocks * of_step.num_global, rows
 
 
@@ -86,7 +93,7 @@ def _ones(num_rows: int, like: Tensor) -> Tensor:
 def _dropout(plain: Callable[..., Tensor], topology: Topology) -> Callable[..., Tensor]:
     @functools.wraps(plain)
     def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        if part.current() is None or not training or p == 0.0:
+        if part.drawing() is None or not training or p == 0.0:
             return plain(input, p, training, inplace)
         found = _rows(len(input)) if input.dim() else None
         if found is None or "alpha" in plain.__name__:
@@ -101,18 +108,38 @@ def _dropout(plain: Callable[..., Tensor], topology: Topology) -> Callable[..., 
 
 def _by_shape(plain: Callable[..., Tensor], topology: Topology) -> Callable[..., Tensor]:
     @functools.wraps(plain)
-    def draw(*size: Any, **options: Any) -> Tensor:
-        shape = size[0] if size and not isinstance(size[0], int) else size
-        of_step = part.current()
-        if of_step is None or not shape or not isinstance(shape[0], int) or shape[0] % of_step.num_computed:
-            return plain(*size, **options)  # not of a batch: the same on all ranks
+    def draw(*args: Any, **options: Any) -> Tensor:
+        of_step, (others, shape) = part.drawing(), _shape_of(args, options, plain.__name__)
+        if of_step is None or not shape or shape[0] % of_step.num_computed:
+            return plain(*args, **options)  # not of a batch: the same on all ranks
         found = _rows(shape[0]) if "out" not in options else None
         if found is None:
             with of_this_rank(topology):
-                return plain(*size, **options)
+                return plain(*args, **options)
         num_drawn, rows = found
-        drawn = plain((num_drawn, *shape[1:]), **{**options, "requires_grad": False})
-        return drawn[rows.to(drawn.device)].requires_grad_(options.get("requires_grad", False))
+        needs_gradient = bool(options.pop("requires_grad", False))
+        options.pop("size", None)
+        drawn = plain(*others, (num_drawn, *shape[1:]), **options)
+        return drawn[rows.to(drawn.device)].requires_grad_(needs_gradient)
+
+    return draw
+
+
+def _shape_of(args: Sequence[Any], options: Mapping[str, Any], name: str) -> tuple[list[Any], list[int]]:
+    """The arguments before the shape, and the shape: of randn(2, 3), randn((2, 3)), randint(9, (2, 3))."""
+    if "size" in options:
+        return list(args), list(map(operator.index, options["size"]))
+    if args and isinstance(args[-1], list | tuple):
+        return list(args[:-1]), list(map(operator.index, args[-1]))
+    return ([], []) if name == "randint" else ([], list(map(operator.index, args)))
+
+
+def _of_this_rank(plain: Callable[..., Tensor], topology: Topology) -> Callable[..., Tensor]:
+    @functools.wraps(plain)
+    def draw(*args: Any, **options: Any) -> Tensor:
+        of_step = part.drawing()
+        with of_this_rank(topology) if of_step else nullcontext():
+            return plain(*args, **options)
 
     return draw
 
@@ -120,7 +147,7 @@ def _by_shape(plain: Callable[..., Tensor], topology: Topology) -> Callable[...,
 def _like(plain: Callable[..., Tensor], topology: Topology) -> Callable[..., Tensor]:
     @functools.wraps(plain)
     def draw(input: Tensor, **options: Any) -> Tensor:
-        if part.current() is None:
+        if part.drawing() is None:
             return plain(input, **options)
         found = _rows(len(input)) if input.dim() else None
         if found is None:
@@ -145,7 +172,7 @@ def _attention(plain: Callable[..., Tensor], topology: Topology) -> Callable[...
         enable_gqa: bool = False,
     ) -> Tensor:
         options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-        if part.current() is None or not dropout_p:
+        if part.drawing() is None or not dropout_p:
             return plain(query, key, value, attn_mask, dropout_p, **options)
         if query.device.type == "cpu" and not enable_gqa and _kind[0] == "batch":  # a GPU's kernels draw within
             return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale)
@@ -171,7 +198,7 @@ def _attend(
 def _recurrent(plain: Callable[..., Any], topology: Topology) -> Callable[..., Any]:
     @functools.wraps(plain)
     def call(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
-        if part.current() is None or not self.training or not self.dropout:
+        if part.drawing() is None or not self.training or not self.dropout:
             return plain(self, *args, **kwargs)
         with of_this_rank(topology):
             return plain(self, *args, **kwargs)

@@ -1,6 +1,6 @@
 """Statistics of batch normalisation over all ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from common.distributed.topology import Topology
@@ -29,17 +29,22 @@ def average(models: Iterable[nn.Module], topology: Topology) -> None:
             buffer.copy_(values.view_as(buffer))
 
 
-def use_global_batch(model: nn.Module) -> None:
-    """Makes each batch normalisation of a model use the statistics of the global batch while it trains."""
+def use_global_batch(model: nn.Module, weight: Callable[[], float]) -> None:
+    """Makes each batch normalisation of a model use the statistics of the global batch while it trains.
+
+    Args:
+        model: the model.
+        weight: in backward, this rank's weight among the gradients of all ranks.
+    """
     for number, layer in enumerate(layer for layer in model.modules() if isinstance(layer, _BatchNorm)):
-        vars(layer)["forward"] = _GlobalBatchNorm(layer, f"script.moments.{number}")
+        vars(layer)["forward"] = _GlobalBatchNorm(layer, f"script.moments.{number}", weight)
 
 
 class _GlobalBatchNorm:
     """Replaces the method `forward` of a layer."""
 
-    def __init__(self, layer: _BatchNorm, name: str) -> None:
-        self._layer, self._plain, self._name = layer, type(layer).forward, name
+    def __init__(self, layer: _BatchNorm, name: str, weight: Callable[[], float]) -> None:
+        self._layer, self._plain, self._name, self._weight = layer, type(layer).forward, name, weight
 
     def __call__(self, input: Tensor) -> Tensor:
         layer, of_step = self._layer, part.current()
@@ -47,13 +52,13 @@ class _GlobalBatchNorm:
             return self._plain(layer, input)
         layer._check_input_dim(input)
         axes = [axis for axis in range(input.dim()) if axis != 1]
-        weight = 0.0 if of_step.is_empty else float(of_step.num_rows)
+        counts = not of_step.is_empty
         per_row = input.numel() / input.shape[1] / of_step.num_computed
         count = of_step.num_global * per_row
         values = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-        mean = _Sum.apply(values.sum(axes) * bool(weight), f"{self._name}.mean", weight) / count
+        mean = _Sum.apply(values.sum(axes) * counts, f"{self._name}.mean", self._weight) / count
         centred = values - _beside(mean, input)
-        variance = _Sum.apply(centred.square().sum(axes) * bool(weight), f"{self._name}.variance", weight) / count
+        variance = _Sum.apply(centred.square().sum(axes) * counts, f"{self._name}.variance", self._weight) / count
         self._track(mean.detach(), variance.detach() * (count / max(count - 1, 1)))
         normal = centred * _beside((variance + layer.eps).rsqrt(), input)
         if layer.affine:
@@ -78,19 +83,20 @@ def _beside(values: Tensor, input: Tensor) -> Tensor:
 class _Sum(torch.autograd.Function):
     """The sum over the ranks.
 
-    A rank's gradients are those of the mean over its rows. So before the gradients of all ranks with respect to the sum
-    are added, each is multiplied by its rank's number of rows.
+    A rank's gradients are those of its own loss. So before the gradients of all ranks with respect to the sum are
+    added, each is multiplied by its rank's weight.
     """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, name: str, num_rows: float) -> Tensor:
+    def forward(ctx: Any, values: Tensor, name: str, weight: Callable[[], float]) -> Tensor:
         """The sum of values (...) over the ranks."""
-        ctx.name, ctx.num_rows = name, num_rows
+        ctx.name, ctx.weight = name, weight
         return hvd.allreduce(values, op=hvd.Sum, name=name)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         """The gradient with respect to this rank's values."""
-        weighed = upstream[0] * ctx.num_rows if ctx.num_rows else torch.zeros_like(upstream[0])
+        weight = ctx.weight()
+        weighed = upstream[0] * weight if weight else torch.zeros_like(upstream[0])
         total = hvd.allreduce(weighed, op=hvd.Sum, name=f"{ctx.name}.gradient")
-        return total / max(ctx.num_rows, 1.0), None, None
+        return total / weight if weight else torch.zeros_like(total), None, None
