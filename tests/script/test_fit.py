@@ -108,6 +108,49 @@ def test_metrics_that_do_not_add_up_are_refused(capfd: pytest.CaptureFixture[str
 
 
 @pytest.mark.ranks(2, framework="tf")
+def test_state_that_nobody_knows_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    from common.tf.script import fit
+
+    import keras
+
+    class Hidden(keras.Model):
+        @property
+        def metrics(self) -> list[Any]:
+            return []
+
+        def train_step(self, data: Any) -> Any:
+            x, y = data
+            seen.update_state(keras.losses.sparse_categorical_crossentropy(y, self(x)))
+            return {"seen": seen.result()}
+
+    seen = keras.metrics.Mean()
+    inputs = keras.Input((8,))
+    model = Hidden(inputs, keras.layers.Dense(3, "softmax")(inputs))
+    model.compile("sgd")
+    fit.distribute(model)
+    problem = refused(capfd, lambda: train(model))
+    assert ("give it to a metric or a layer of the model" in problem) == (fit.init().rank == 0)
+
+
+@pytest.mark.ranks(2, framework="tf")
+def test_targets_that_a_loss_ignores_do_not_count() -> None:
+    from common.tf.script import fit
+
+    import keras
+    import tensorflow as tf
+
+    def whole_digits(y_true: Any, y_pred: Any) -> Any:
+        return tf.one_hot(y_true, 3)[:, 0]  # needs integers
+
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=1)
+    model = fit.distribute(build(optimizer=keras.optimizers.SGD(0.0), loss=loss, metrics=[whole_digits]))
+    found = train(model, batch_size=65, shuffle=False)["loss"][0]
+    logits = model.predict(X, verbose=0)
+    values = keras.losses.sparse_categorical_crossentropy(Y, logits, from_logits=True).numpy()
+    assert found == pytest.approx(values[Y != 1].mean(), rel=1e-5)
+
+
+@pytest.mark.ranks(2, framework="tf")
 def test_ranks_that_differ_are_refused_before_the_first_step(capfd: pytest.CaptureFixture[str]) -> None:
     from common.tf.script import fit
 

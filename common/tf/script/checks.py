@@ -1,7 +1,7 @@
 """Checks in the first step of an epoch, which fail on all ranks before that step changes a weight."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,6 +85,22 @@ def end_step() -> None:
 def suspect(is_of_whole_batch: tf.Tensor) -> None:
     """Notes, () bool, whether a loss or metric of this rank's rows is not the mean of those of its halves."""
     _suspects.append(is_of_whole_batch)
+
+
+def check_assigned(known: Sequence[keras.Variable], remedy: str) -> None:
+    """Checks that the traced step assigns only to known variables: others would count what does not count.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if tf.executing_eagerly():
+        return
+    graph = tf.compat.v1.get_default_graph()
+    handles = {id(variable.value.handle) for variable in known}
+    others = {id(inner) for outer, inner in graph.captures if id(outer) not in handles}
+    for operation in graph.get_operations():
+        if operation.type.startswith("Assign") and id(operation.inputs[0]) in others:
+            raise ConfigError([f"{operation.name}: the step changes a variable that is no part of the model; {remedy}"])
 
 
 def check_batch(data: Any) -> list[Any]:

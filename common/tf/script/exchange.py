@@ -139,7 +139,8 @@ def _wide(dtype: tf.DType) -> tf.DType:
 def find_optimizers(*owners: Any) -> list[keras.Optimizer]:
     """The optimizers among the attributes of objects, each once, in the attributes' order."""
     found: dict[int, keras.Optimizer] = {}
-    for owner in owners:
+    nested = [layer for owner in owners if isinstance(owner, keras.Model) for layer in owner._flatten_layers()]
+    for owner in dict.fromkeys([*owners, *(layer for layer in nested if isinstance(layer, keras.Model))]):
         values = [owner] if isinstance(owner, keras.Optimizer) else list(vars(owner).values())
         for value in values:
             inner = list(value.values()) if isinstance(value, dict) else value

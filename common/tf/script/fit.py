@@ -194,6 +194,7 @@ class _Distributed:
             self._own = []
             if self._model.built:
                 self._broadcast()
+            checks.begin_epoch()
         with checks.refusals(self._topology):
             return self._plain[name](*args, **kwargs)
 
@@ -233,7 +234,13 @@ class _Distributed:
 
         def recorded(rows: Any) -> Any:
             with self._results.recording() as origins:
-                return self._results.of_step(step(rows), origins)
+                outputs = step(rows)
+                states = [variable for each in find_optimizers(self._model) for variable in each.variables]
+                checks.check_assigned(
+                    [*self._model.variables, *states, *self._results.variables()],
+                    "give it to a metric or a layer of the model",
+                )
+                return self._results.of_step(outputs, origins)
 
         return self._ranks.train(recorded, data, self._state)
 

@@ -25,10 +25,9 @@ def install() -> None:
 def _wrapped(plain: Any) -> Any:
     @functools.wraps(plain)
     def call(self: keras.Loss, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        loss = plain(self, y_true, y_pred, sample_weight)
         of_step = part.current()
         if of_step is None:
-            return loss
+            return plain(self, y_true, y_pred, sample_weight)
         if self.reduction not in MEANS:
             name = type(self).__name__
             raise ConfigError(
@@ -37,15 +36,32 @@ def _wrapped(plain: Any) -> Any:
                     f"weight it by their numbers of examples; use {name}(reduction='sum_over_batch_size')"
                 ]
             )
+        loss, mask = _with_mask(self, plain, y_true, y_pred, sample_weight)
         checks.suspect(is_of_whole_batch(self.call, y_true, y_pred, self.dtype, of_step))
-        mask = _mask(y_pred)
         return loss if mask is None else loss * tf.cast(_correction(mask, of_step), loss.dtype)
 
     return call
 
 
-def _mask(y_pred: Any) -> tf.Tensor | None:
-    return getattr(y_pred, "_keras_mask", None)
+def _with_mask(
+    loss: keras.Loss, plain: Any, y_true: Any, y_pred: Any, sample_weight: Any
+) -> tuple[tf.Tensor, tf.Tensor | None]:
+    """The mean loss, and what it is the mean of: the mask of the outputs, and that of the values (ignore_class)."""
+    masks = [getattr(y_pred, "_keras_mask", None)]
+    call = loss.call
+
+    def noted(*args: Any) -> Any:
+        values = call(*args)
+        masks.append(getattr(values, "_keras_mask", None))
+        return values
+
+    vars(loss)["call"] = noted
+    try:
+        value = plain(loss, y_true, y_pred, sample_weight)
+    finally:
+        del vars(loss)["call"]
+    given = [tf.cast(mask, tf.bool) for mask in masks if mask is not None]
+    return value, tf.logical_and(*given) if len(given) == 2 else next(iter(given), None)
 
 
 def _correction(mask: tf.Tensor, of_step: part.Part) -> tf.Tensor:
@@ -56,7 +72,7 @@ def _correction(mask: tf.Tensor, of_step: part.Part) -> tf.Tensor:
 
 
 def is_of_whole_batch(
-    function: Callable[[Any, Any], Any], y_true: Any, y_pred: Any, dtype: str, of_step: part.Part
+    function: Callable[[Any, Any], Any], y_true: Any, y_pred: Any, dtype: str | None, of_step: part.Part
 ) -> tf.Tensor:
     """() bool, whether a value of a batch is not that of its examples, such as the root of a mean or Dice.
 

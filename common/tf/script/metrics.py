@@ -54,7 +54,7 @@ def _of_function(plain: Any) -> Any:
             def value(targets: Any, outputs: Any) -> Any:
                 return self._fn(targets, outputs, **self._fn_kwargs)
 
-            checks.suspect(losses.is_of_whole_batch(value, y_true, y_pred, self.dtype, of_step))
+            checks.suspect(losses.is_of_whole_batch(value, y_true, y_pred, None, of_step))
         return plain(self, y_true, y_pred, sample_weight)
 
     return update_state

@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 from keras.src.backend.tensorflow import random as keras_random
 
+OTHERS = ("beta", "binomial", "categorical", "gamma", "shuffle")  # their arguments have rows
 BY_SHAPE = ("normal", "uniform", "truncated_normal", "randint")
 
 
@@ -39,6 +40,8 @@ def install(topology: Topology) -> None:
     """Wraps the functions of keras.random; outside of a distributed step they act as before."""
     for name in BY_SHAPE:
         setattr(keras_random, name, _of_rows(getattr(keras_random, name)))
+    for name in OTHERS:
+        setattr(keras_random, name, _of_rank_alone(getattr(keras_random, name)))
     keras_random.dropout = _dropout(keras_random.dropout)
     keras_random.draw_seed = _of_rank(keras_random.draw_seed, topology)
 
@@ -58,6 +61,18 @@ def _of_rank(draw_seed: Callable[..., Any], topology: Topology) -> Callable[...,
             return value
         other = np.random.SeedSequence(topology.rank).generate_state(2) // 4
         return value + tf.cast(tf.constant(other), value.dtype)
+
+    return drawn
+
+
+def _of_rank_alone(draw: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
+    @functools.wraps(draw)
+    def drawn(*args: Any, **kwargs: Any) -> tf.Tensor:
+        kind, _kind[0] = _kind[0], "rank"
+        try:
+            return draw(*args, **kwargs)
+        finally:
+            _kind[0] = kind
 
     return drawn
 
@@ -103,12 +118,15 @@ def _may_have_rows(shape: Any) -> bool:
 def _rows(num_rows: tf.Tensor, of_step: part.Part) -> tuple[tf.Tensor, tf.Tensor]:
     """How many rows to draw, and the numbers of this rank's rows among them.
 
-    The drawn tensor has k blocks of a batch (a GAN labels generated and real images in one tensor). Other numbers of
-    rows do not belong to the batch.
+    Up to three rows for each row of the batch are those of tensors that were put one after another (a GAN labels
+    generated and real images in one tensor); more are a dimension that was merged with the batch. Other numbers of rows
+    do not belong to the batch.
     """
     num_blocks = num_rows // of_step.num_computed
     is_of_batch = (num_blocks * of_step.num_computed == num_rows) & (num_blocks > 0)
     num_drawn = tf.where(is_of_batch, num_blocks * of_step.num_global, num_rows)
     of_block = of_step.first + tf.range(of_step.num_computed)
-    of_batch = tf.reshape(tf.range(num_blocks)[:, None] * of_step.num_global + of_block, [-1])
+    in_blocks = tf.range(num_blocks)[:, None] * of_step.num_global + of_block
+    merged = of_block[:, None] * num_blocks + tf.range(num_blocks)
+    of_batch = tf.where(num_blocks <= 3, tf.reshape(in_blocks, [-1]), tf.reshape(merged, [-1]))
     return num_drawn, tf.cond(is_of_batch, lambda: of_batch, lambda: tf.range(num_rows))

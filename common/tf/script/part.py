@@ -95,7 +95,7 @@ def take(data: Any, part: Part) -> Any:
     end = part.first + part.num_computed
 
     def rows(value: Any) -> Any:
-        if value is None or value.shape.rank == 0:
+        if not hasattr(value, "shape") or value.shape.rank == 0:
             return value
         if isinstance(value, tf.SparseTensor):
             others = tf.cast(value.dense_shape[1:], tf.int64)
@@ -109,7 +109,7 @@ def take(data: Any, part: Part) -> Any:
 
 def num_rows(data: Any) -> tf.Tensor:
     """() int32, the number of rows of a batch's first tensor."""
-    first = next(value for value in keras.tree.flatten(data) if value is not None and value.shape.rank != 0)
+    first = next(value for value in keras.tree.flatten(data) if hasattr(value, "shape") and value.shape.rank != 0)
     number = tf.cast(first.nrows() if isinstance(first, tf.RaggedTensor) else tf.shape(first)[0], tf.int32)
     # Keeps the number from becoming static: by that, a tensor of the batch is told from one of fixed size (noise.py).
     return tf.compat.v1.placeholder_with_default(number, ())

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from common.errors import ConfigError
 from common.gradients.gradient_sync import SyncOptions
 from common.tf.distributed import runtime
 from common.tf.script import checks, statistics
@@ -59,7 +58,7 @@ def data_parallel(
         def averaged(rows: Any) -> Any:
             values = step(*rows)
             states = [variable for optimizer in optimizers for variable in optimizer.variables]
-            _check_assigned([*model.variables, *states, *of_metrics])
+            checks.check_assigned([*model.variables, *states, *of_metrics], "pass data_parallel(metrics=[...])")
             return None if values is None else means(values)
 
         return ranks.train(averaged, data, lambda: [*statistics.of_ranks(model), *of_metrics])
@@ -81,18 +80,6 @@ def data_parallel(
         return on_ranks(*data)
 
     return called
-
-
-def _check_assigned(known: Sequence[keras.Variable]) -> None:
-    """Checks that the traced step assigns only to known variables: others would count what does not count."""
-    graph = tf.compat.v1.get_default_graph()
-    handles = {id(variable.value.handle) for variable in known}
-    others = {id(inner): outer for outer, inner in graph.captures if id(outer) not in handles}
-    for operation in graph.get_operations():
-        if operation.type.startswith("Assign") and id(operation.inputs[0]) in others:
-            raise ConfigError(
-                [f"{operation.name}: the step changes a variable of its own; pass data_parallel(metrics=[...])"]
-            )
 
 
 def sum_metrics(*metrics: keras.Metric) -> None:
