@@ -9,6 +9,8 @@ from tests.helpers import compressors
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras itself
+
 RANDOM = np.random.default_rng(1)
 X, Y = RANDOM.normal(size=(65, 8)).astype("float32"), RANDOM.integers(3, size=65)
 
@@ -72,6 +74,28 @@ def test_losses_that_ranks_cannot_compute_from_parts_are_refused(capfd: pytest.C
     fit.distribute(model)
     problem = refused(capfd, lambda: model.fit(X, np.abs(X), batch_size=16, verbose=0))
     assert ("Dice" in problem) == (rank == 0)
+
+
+@pytest.mark.ranks(2, framework="tf")
+def test_a_regulariser_of_activities_is_exact_or_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    from common.tf.script import fit
+
+    import keras
+
+    def regularised() -> Any:
+        return fit.distribute(build(keras.layers.ActivityRegularization(l2=0.1), optimizer="sgd"))
+
+    version = tuple(map(int, keras.__version__.split(".")[:2]))
+    if version < (3, 13):
+        assert ("sum over the batch" in refused(capfd, lambda: train(regularised()))) == (fit.init().rank == 0)
+    else:
+        model = regularised()
+        weights = model.get_weights()
+        losses = train(model, batch_size=65)["loss"]
+        model.set_weights(weights)
+        plain = keras.losses.sparse_categorical_crossentropy(Y, model.predict(X, verbose=0), from_logits=True).numpy()
+        hidden = keras.Model(model.inputs, model.layers[0].output).predict(X, verbose=0)
+        assert losses[0] == pytest.approx(plain.mean() + 0.1 * np.square(hidden).sum(axis=1).mean(), rel=1e-5)
 
 
 @pytest.mark.ranks(2, framework="tf")
@@ -243,7 +267,7 @@ def test_a_model_that_is_not_distributed_says_so() -> None:
     with pytest.warns(UserWarning, match=r"not distributed.*distribute\(model\)"):
         train(build())
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         train(fit.distribute(build()))
 
 
@@ -364,7 +388,6 @@ def test_gradients_may_be_compressed(method: str) -> None:
 
 
 @pytest.mark.ranks(2, framework="tf")
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras' saving
 def test_what_was_saved_is_loaded_and_goes_on(shared_path: Path) -> None:
     from common.tf.distributed import runtime
     from common.tf.script import fit

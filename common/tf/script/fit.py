@@ -278,6 +278,11 @@ class _Distributed:
     def begin_training(self, num_steps: int | None) -> None:
         """Compares the ranks, and gives all rank 0's weights, optimizer states and first epoch."""
         runtime.check_alike({**self._facts, **self._model_facts(), "steps of an epoch": num_steps})
+        regularised = [layer.name for layer in self._model._flatten_layers() if layer.activity_regularizer is not None]
+        if regularised and _adds_up_activities():
+            raise ConfigError(
+                [f"{regularised[0]}: activity_regularizer is a sum over the batch here; use Keras 3.13 or later"]
+            )
         if self._ranks.takes_own_batches and num_steps is None:
             raise ConfigError(["own_batches: Keras cannot tell the number of steps of an epoch; pass steps_per_epoch"])
         self._broadcast()
@@ -319,6 +324,14 @@ _REPLACED = (
     "_maybe_symbolic_build",
     "_get_metrics_result_or_logs",
 )
+
+
+@functools.cache
+def _adds_up_activities() -> bool:
+    """Whether Keras adds the activities of a batch up, as before 3.13, instead of taking the mean over its rows."""
+    layer = keras.layers.Activation("linear", activity_regularizer=keras.regularizers.L1(1.0), name="probe")
+    layer(keras.ops.ones((2, 1)))
+    return float(layer.losses[0]) == 2.0
 
 
 def _symbol(spec: Any) -> Any:

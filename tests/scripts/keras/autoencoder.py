@@ -15,7 +15,7 @@ model = keras.Sequential(
     [
         keras.Input((16,)),
         keras.layers.GaussianNoise(0.1),
-        keras.layers.Dense(4, "relu", activity_regularizer="l1"),
+        keras.layers.Dense(4, "relu", bias_regularizer="l1"),
         keras.layers.Dense(16, "sigmoid", kernel_regularizer="l2"),
     ]
 )
