@@ -30,7 +30,8 @@ def train(break_at):
     for epoch in range(first_epoch, 4):
         if epoch == break_at:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch}
-            torch.save(state | {"random": torch.get_rng_state()}, path)
+            torch.save(state | {"random": torch.get_rng_state()}, f"{path}.{os.getpid()}")
+            os.replace(f"{path}.{os.getpid()}", path)  # never half-written
             return losses, model
         for inputs, targets in loader:
             optimizer.zero_grad()
