@@ -166,10 +166,8 @@ class _Distributed:
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Replaces model.predict, with all rows in order on every rank; within a callback, the rank is on its own."""
-        name = "predict"
-        return (
-            self._on_one_rank(name, *args, **kwargs) if self._is_fitting else self._on_all_ranks(name, *args, **kwargs)
-        )
+        run = self._on_one_rank if self._is_fitting else self._on_all_ranks
+        return run("predict", *args, **kwargs)
 
     def predict_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Replaces model.predict_on_batch: each rank computes all rows."""
@@ -261,7 +259,7 @@ class _Distributed:
                 raise ConfigError(
                     [f"{model.name}: its weights cannot be made before training; call it on a batch first: {error}"]
                 ) from error
-        statistics.use_global_batch(model, self._topology)
+        statistics.use_global_batch(model)
 
     def get_metrics_result_or_logs(self, logs: Any) -> Any:
         """Replaces a method of Keras, which it calls at the end of an epoch and of an evaluation."""

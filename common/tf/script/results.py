@@ -71,7 +71,7 @@ class Results:
         recorded: dict[int, Origin] = {}
         kept: list[Any] = []  # an id is unique only among tensors that exist
 
-        def record(metric: keras.Metric) -> Any:
+        def record(metric: keras.Metric) -> None:
             plain = metric.result
 
             def result() -> Any:
@@ -82,7 +82,6 @@ class Results:
                 return value
 
             metric.result = result
-            return plain
 
         metrics = self._model.metrics
         for metric in metrics:
@@ -95,10 +94,7 @@ class Results:
 
     def sum_metrics(self) -> None:
         """Sums the metrics' variables: each rank then has the state that one rank would have after all examples."""
-        variables = self.variables()
-        totals = statistics.sums([variable.value for variable in variables], "script.metrics", self._topology)
-        for variable, total in zip(variables, totals, strict=True):
-            variable.assign(tf.cast(total, variable.dtype))
+        statistics.sum_variables(self.variables(), "script.metrics", self._topology)
 
     def of_epoch(self, logs: Mapping[str, Any]) -> dict[str, Any]:
         """What an epoch reports if its steps return other things than Keras' own: the last step's values."""

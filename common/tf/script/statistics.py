@@ -39,6 +39,13 @@ def sums(tensors: Sequence[tf.Tensor], name: str, topology: Topology) -> list[tf
     return [tf.reshape(values, shape) for values, shape in zip(parts, shapes, strict=True)]
 
 
+def sum_variables(variables: Sequence[keras.Variable], name: str, topology: Topology) -> None:
+    """Gives all ranks the sums of their values of variables."""
+    totals = sums([variable.value for variable in variables], name, topology)
+    for variable, total in zip(variables, totals, strict=True):
+        variable.assign(tf.cast(total, variable.dtype))
+
+
 def synchronise(model: keras.Model, topology: Topology) -> None:
     """Averages the layers' statistics over the ranks; of integers, all ranks take rank 0's."""
     variables = of_ranks(model)
@@ -50,7 +57,7 @@ def synchronise(model: keras.Model, topology: Topology) -> None:
         variable.assign(hvd.broadcast(variable.value, 0, name=f"script.integers.{number}"))
 
 
-def use_global_batch(model: keras.Model, topology: Topology) -> None:
+def use_global_batch(model: keras.Model) -> None:
     """Makes each BatchNormalization(synchronized=True) normalise with the statistics of the global batch."""
     for number, layer in enumerate(model._flatten_layers()):
         if isinstance(layer, keras.layers.BatchNormalization) and layer.synchronized:

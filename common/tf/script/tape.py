@@ -51,7 +51,7 @@ def data_parallel(
     with checks.refusals(topology):
         ranks = Ranks(topology, SyncOptions.from_names(compression, op, seed))
     ranks.wrap(optimizers)
-    statistics.use_global_batch(model, topology)
+    statistics.use_global_batch(model)
 
     @tf.function
     def on_ranks(*data: Any) -> Any:
@@ -85,6 +85,4 @@ def data_parallel(
 def sum_metrics(*metrics: keras.Metric) -> None:
     """Gives all ranks the metrics over the examples of all ranks; to be called before result(), then reset_state()."""
     variables = [variable for metric in metrics for variable in metric.variables]
-    totals = statistics.sums([variable.value for variable in variables], "script.metrics", runtime.init())
-    for variable, total in zip(variables, totals, strict=True):
-        variable.assign(tf.cast(total, variable.dtype))
+    statistics.sum_variables(variables, "script.metrics", runtime.init())

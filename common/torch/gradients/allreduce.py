@@ -60,7 +60,7 @@ class AllreduceSync(Allreduce):
     @property
     def names(self) -> list[str]:
         """The names of the trained parameters, by their index."""
-        return [name for name, parameter in self._named.items() if parameter in set(self._exchange.parameters)]
+        return self._exchange.names
 
     @property
     def gradients(self) -> list[Tensor]:

@@ -33,6 +33,7 @@ class BucketExchange:
         tied: parameters that stages share; they are never compressed.
 
     Attributes:
+        names: the names of the trained parameters.
         parameters: the trained parameters.
         buckets: the parameters of each bucket.
         buffers: the memory of the buckets.
@@ -49,7 +50,7 @@ class BucketExchange:
         probe: HealthProbe,
         tied: Collection[nn.Parameter],
     ) -> None:
-        self._names, self.parameters = list(parameters), list(parameters.values())
+        self.names, self.parameters = list(parameters), list(parameters.values())
         self._options, self._scaler, self._probe = options, scaler, probe
         numbers = {parameter: index for index, parameter in enumerate(self.parameters)}
         self.buckets = bucketing.of_model(
@@ -162,7 +163,7 @@ class BucketExchange:
 
     def _check_order(self) -> None:
         if self._changed_late:
-            names = ", ".join(self._names[index] for index in sorted(self._changed_late))
+            names = ", ".join(self.names[index] for index in sorted(self._changed_late))
             self._changed_late.clear()
             raise TrainingError(
                 f"backward added to the gradients of {names} after they had left for the other ranks: a parameter "

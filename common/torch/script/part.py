@@ -138,10 +138,8 @@ def fingerprint(batch: Any) -> bytes:
 
 
 def num_rows(batch: Any) -> int:
-    """The number of rows of a batch's first tensor."""
-    values = batch.values() if isinstance(batch, Mapping) else batch
+    """The number of rows of a batch's first tensor; 0 if it has none."""
     if isinstance(batch, Tensor):
         return len(batch)
-    return (
-        next(filter(None, map(num_rows, values)), 0) if isinstance(values, list | tuple) or values is not batch else 0
-    )
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    return next(filter(None, map(num_rows, values)), 0)
