@@ -3,11 +3,11 @@
 import inspect
 import platform
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
+from common.training import provenance
+
 import keras
-import tensorflow as tf
 
 
 class Call:
@@ -39,9 +39,8 @@ def facts(call: Call) -> dict[str, Any]:
     """What must be the same on all ranks, by name."""
     names = ("batch_size", "epochs", "steps_per_epoch", "validation_split", "shuffle", "initial_epoch")
     arrays = keras.tree.flatten([call.get("x"), call.get("y")])
-    versions = {name: metadata.version(name) for name in ("keras", "numpy", "horovod")}
     return {
         "arguments of fit": {name: repr(call.get(name)) for name in names},
         "shapes of the data": [str(getattr(array, "shape", None)) for array in arrays],
-        "versions": {**versions, "tensorflow": tf.__version__, "python": platform.python_version()},
+        "versions": {**provenance.versions(), "python": platform.python_version()},
     }

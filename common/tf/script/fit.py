@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from common.distributed import noise_kind
 from common.distributed.topology import Topology
 from common.errors import ConfigError
 from common.gradients.gradient_sync import SyncOptions
 from common.tf.distributed import runtime
 from common.tf.script import callbacks, checks, statistics
-from common.tf.script import noise as of_steps
 from common.tf.script.call import Call, facts
 from common.tf.script.exchange import find_optimizers
 from common.tf.script.ranks import Ranks
@@ -40,7 +40,7 @@ def init(seed: int = 0, noise: str = "batch") -> Topology:
     """
     topology = runtime.init()
     with checks.refusals(topology):
-        of_steps.choose(noise)
+        noise_kind.choose(noise)
     keras.utils.set_random_seed(seed)
     if topology.world_size > 1:
         _warn_of_other_models()

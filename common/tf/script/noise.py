@@ -8,8 +8,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from common.distributed import noise_kind
 from common.distributed.topology import Topology
-from common.errors import ConfigError
 from common.tf.script import part
 
 import numpy as np
@@ -18,21 +18,6 @@ from keras.src.backend.tensorflow import random as keras_random
 
 OTHERS = ("beta", "binomial", "categorical", "gamma", "shuffle")  # their arguments have rows
 BY_SHAPE = ("normal", "uniform", "truncated_normal", "randint")
-
-
-KINDS = ("batch", "rank")
-_kind = ["batch"]
-
-
-def choose(kind: str) -> None:
-    """Chooses rows of what is drawn for the whole batch, or numbers of each rank's own.
-
-    Raises:
-        ConfigError: the kind is unknown.
-    """
-    if kind not in KINDS:
-        raise ConfigError([f"noise={kind!r}: choose from {', '.join(KINDS)}"])
-    _kind[0] = kind
 
 
 @functools.cache
@@ -57,7 +42,7 @@ def _of_rank(draw_seed: Callable[..., Any], topology: Topology) -> Callable[...,
     @functools.wraps(draw_seed)
     def drawn(seed: Any) -> Any:
         value = draw_seed(seed)
-        if part.current() is None or _kind[0] == "batch":
+        if part.current() is None or not noise_kind.is_of_rank():
             return value
         other = np.random.SeedSequence(topology.rank).generate_state(2) // 4
         return value + tf.cast(tf.constant(other), value.dtype)
@@ -68,11 +53,8 @@ def _of_rank(draw_seed: Callable[..., Any], topology: Topology) -> Callable[...,
 def _of_rank_alone(draw: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
     @functools.wraps(draw)
     def drawn(*args: Any, **kwargs: Any) -> tf.Tensor:
-        kind, _kind[0] = _kind[0], "rank"
-        try:
+        with noise_kind.of_rank():
             return draw(*args, **kwargs)
-        finally:
-            _kind[0] = kind
 
     return drawn
 
@@ -81,7 +63,7 @@ def _of_rows(draw: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
     @functools.wraps(draw)
     def drawn(shape: Any, *args: Any, **kwargs: Any) -> tf.Tensor:
         of_step = part.current()
-        if of_step is None or _kind[0] == "rank" or not _may_have_rows(shape):
+        if of_step is None or noise_kind.is_of_rank() or not _may_have_rows(shape):
             return draw(shape, *args, **kwargs)
         num_rows, *others = tf.unstack(shape) if tf.is_tensor(shape) else shape
         num_drawn, rows = _rows(tf.cast(num_rows, tf.int32), of_step)
@@ -94,7 +76,7 @@ def _dropout(plain: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
     @functools.wraps(plain)
     def dropout(inputs: tf.Tensor, rate: float, noise_shape: Any = None, seed: Any = None) -> tf.Tensor:
         of_step = part.current()
-        if of_step is None or _kind[0] == "rank" or rate in (0.0, 1.0):
+        if of_step is None or noise_kind.is_of_rank() or rate in (0.0, 1.0):
             return plain(inputs, rate, noise_shape, seed)
         shape = tf.unstack(tf.shape(inputs))
         if noise_shape is not None:

@@ -6,10 +6,10 @@ import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
 
+from common.distributed import noise_kind
 from common.distributed.topology import Topology
 from common.errors import ConfigError, TrainingError
 from common.gradients.gradient_sync import SyncOptions
@@ -20,6 +20,7 @@ from common.torch.script import part, statistics
 from common.torch.script.exchange import GradientExchange
 from common.torch.script.loader import RankLoader
 from common.torch.script.part import Part
+from common.training import provenance
 
 import horovod.torch as hvd
 import numpy as np
@@ -57,7 +58,7 @@ def start(
     with _refusals(topology):
         if losses not in ("mean", "sum"):
             raise ConfigError([f"losses={losses!r}: choose from mean, sum"])
-        of_steps.choose(noise)
+        noise_kind.choose(noise)
         return Run(topology, SyncOptions.from_names(compression, op, seed), losses == "sum")
 
 
@@ -289,13 +290,12 @@ def _facts(objects: Sequence[Any]) -> dict[str, Any]:
         if isinstance(optimizer, torch.optim.Optimizer)
     ]
     sets = [loader.dataset for loader in objects if isinstance(loader, DataLoader)]
-    versions = {name: metadata.version(name) for name in ("torch", "numpy", "horovod")}
     return {
         "kinds of objects": [type(each).__name__ for each in objects],
         "weights of the models": weights,
         "optimizers": groups,
         "datasets": [_fingerprint(each) for each in sets],
-        "versions": {**versions, "python": platform.python_version()},
+        "versions": {**provenance.versions(), "python": platform.python_version()},
     }
 
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from common.distributed import noise_kind
 from common.distributed.topology import Topology
-from common.errors import ConfigError
 from common.torch.script import part, replacing
 
 import numpy as np
@@ -23,21 +23,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
-
-
-KINDS = ("batch", "rank")
-_kind = ["batch"]
-
-
-def choose(kind: str) -> None:
-    """Chooses rows of what is drawn for the whole batch, or numbers of each rank's own.
-
-    Raises:
-        ConfigError: the kind is unknown.
-    """
-    if kind not in KINDS:
-        raise ConfigError([f"noise={kind!r}: choose from {', '.join(KINDS)}"])
-    _kind[0] = kind
 
 
 @functools.cache
@@ -71,7 +56,7 @@ def _rows(num_rows: int) -> tuple[int, Tensor] | None:
     generated images); more are a dimension that was merged with the batch.
     """
     of_step = part.drawing()
-    if of_step is None or _kind[0] == "rank" or not num_rows or num_rows % of_step.num_computed:
+    if of_step is None or noise_kind.is_of_rank() or not num_rows or num_rows % of_step.num_computed:
         return None
     num_blocks = num_rows // of_step.num_computed
     of_block = torch.arange(of_step.num_computed) + of_step.first
@@ -174,7 +159,7 @@ def _attention(plain: Callable[..., Tensor], topology: Topology) -> Callable[...
         options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         if part.drawing() is None or not dropout_p:
             return plain(query, key, value, attn_mask, dropout_p, **options)
-        if query.device.type == "cpu" and not enable_gqa and _kind[0] == "batch":  # a GPU's kernels draw within
+        if query.device.type == "cpu" and not enable_gqa and not noise_kind.is_of_rank():  # a GPU's kernels draw within
             return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale)
         with of_this_rank(topology):
             return plain(query, key, value, attn_mask, dropout_p, **options)
