@@ -1,4 +1,4 @@
-"""What a rank learns from its host before Horovod starts: its place in the job, its cores, Horovod's cycle time."""
+"""What a rank learns from its host before Horovod starts: its place in the job, its cores, Horovod's settings."""
 
 import os
 import shlex
@@ -11,10 +11,13 @@ from common.distributed.topology import Topology
 # posted; longer is better (measurements: docs/horovod-build.md). The loop serves all process sets in turn. The ranks of
 # a host wake each other for that, but a rank of another host that sleeps delays an exchange in which it takes no part.
 CYCLE_TIME, CYCLE_TIME_IF_OTHERS_SLEEP = "20", "1"
+# In seconds. Ranks that wait for each other so long have taken different steps: the job ends then.
+LONGEST_WAIT = "1800"
 
 
-def set_cycle_time(has_process_sets: bool) -> None:
-    """Sets a default for HOROVOD_CYCLE_TIME that suits the event-driven loop; must be called before Horovod starts."""
+def set_defaults(has_process_sets: bool) -> None:
+    """Sets Horovod's longest wait, and the cycle time that suits its loop; must be called before Horovod starts."""
+    os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", LONGEST_WAIT)
     if os.environ.get("HOROVOD_EVENT_DRIVEN", "1") != "1":  # Horovod reads other words as 0
         return
     topology = launched_topology()

@@ -120,7 +120,15 @@ def test_the_cycle_is_short_where_idle_ranks_are_not_woken(
     of_rank = {"RANK": "0", "SIZE": "4", "LOCAL_RANK": "0", "LOCAL_SIZE": str(local_size), "SHM": shm}
     for name, value in of_rank.items():
         monkeypatch.setenv(f"HOROVOD_{name}", value)
-    monkeypatch.setenv("HOROVOD_CYCLE_TIME", "")  # so that it is taken away again after the test
-    monkeypatch.delenv("HOROVOD_CYCLE_TIME")
-    launcher_env.set_cycle_time(has_process_sets)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    os.environ.pop("HOROVOD_CYCLE_TIME", None)
+    launcher_env.set_defaults(has_process_sets)
     assert os.environ["HOROVOD_CYCLE_TIME"] == expected
+
+
+@pytest.mark.parametrize("chosen", [None, "60"])
+def test_ranks_do_not_wait_for_each_other_for_ever(chosen: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"
+    monkeypatch.setattr(os, "environ", {name: chosen} if chosen else {})
+    launcher_env.set_defaults(has_process_sets=False)
+    assert os.environ[name] == (chosen or launcher_env.LONGEST_WAIT)

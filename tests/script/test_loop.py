@@ -248,6 +248,41 @@ def test_a_rank_without_a_row_changes_nothing(runtime: Any) -> None:
     runtime.assert_weights_in_sync(model)
 
 
+@pytest.mark.ranks(3, framework="torch")
+def test_a_model_that_takes_no_empty_batch_is_evaluated() -> None:
+    import torch
+    from torch import nn
+    from torch.utils.data import DataLoader
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = build()
+
+        def forward(self, inputs: Any, targets: Any = None) -> Any:
+            outputs = self.body(inputs).view(len(inputs), -1, 3).flatten(1)  # fails for a tensor without elements
+            return {
+                "outputs": outputs,
+                "loss": None if targets is None else nn.functional.cross_entropy(outputs, targets),
+            }
+
+    run, model, _, _ = prepared(Heads())
+    examples = data(7)  # in batches of 6: 2 + 2 + 2 rows, then 1 + 0 + 0
+    loader = run.prepare(DataLoader(examples, batch_size=6))
+    of_model = own = 0.0
+    num_rows = []
+    with torch.no_grad():
+        for inputs, targets in loader:
+            of_model += model(inputs, targets=targets)["loss"].item() * len(inputs)
+            outputs = model(inputs)["outputs"]
+            own += (outputs - 1).square().mean().item() * len(inputs)
+            num_rows.append(len(outputs))
+        whole = model.body(examples.tensors[0])
+        expected = [nn.functional.cross_entropy(whole, examples.tensors[1]).item(), (whole - 1).square().mean().item()]
+    assert num_rows == ([2, 1] if run.rank == 0 else [2, 0])
+    assert [total / 7 for total in run.sum(of_model, own)] == pytest.approx(expected)
+
+
 @pytest.mark.ranks(2, framework="torch")
 def test_an_evaluation_within_an_epoch_changes_nothing() -> None:
     from common.torch.script import part

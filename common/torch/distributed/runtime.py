@@ -46,7 +46,7 @@ def init(process_sets: Iterable[Sequence[int]] = ()) -> Topology:
     if hvd.is_initialized():
         return _topology()
     _process_sets.update((tuple(ranks), hvd.ProcessSet(list(ranks))) for ranks in process_sets)
-    launcher_env.set_cycle_time(bool(_process_sets))
+    launcher_env.set_defaults(bool(_process_sets))
     hvd.init(process_sets=list(_process_sets.values()))
     topology = _topology()
     if topology.world_size == 1:

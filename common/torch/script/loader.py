@@ -3,6 +3,7 @@
 import hashlib
 from collections import deque
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from common.distributed.topology import Topology
@@ -24,6 +25,9 @@ class Epochs(Protocol):
 
     def begin_batch(self, of_step: Part) -> None:
         """Called when a batch is given."""
+
+    def evaluating_no_rows(self) -> AbstractContextManager[None]:
+        """Around a batch without rows."""
 
     def end_epoch(self, is_training: bool, order: str) -> None:
         """Called when all batches were given."""
@@ -80,7 +84,11 @@ class RankLoader:
                 given = parts.popleft()
                 self._num_given += 1
                 self._run.begin_batch(given)
-                yield part.without_rows(batch) if given.is_empty and not is_training else batch
+                if given.is_empty and not is_training:
+                    with self._run.evaluating_no_rows():
+                        yield part.without_rows(batch)
+                else:
+                    yield batch
         except GeneratorExit:  # the loop was left, but its last batch may still be used
             part.set_current(given, is_open=False)
             raise

@@ -5,7 +5,7 @@ import platform
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +15,8 @@ from common.errors import ConfigError, TrainingError
 from common.gradients.gradient_sync import SyncOptions
 from common.torch.distributed import runtime
 from common.torch.script import losses as of_targets
+from common.torch.script import no_rows, part, statistics
 from common.torch.script import noise as of_steps
-from common.torch.script import part, statistics
 from common.torch.script.exchange import GradientExchange
 from common.torch.script.loader import RankLoader
 from common.torch.script.part import Part
@@ -223,6 +223,10 @@ class Run:
         if of_step.is_empty:
             buffers = [buffer for model in self._models for buffer in statistics.running(model)]
             self._kept = [(buffer, buffer.clone()) for buffer in buffers]
+
+    def evaluating_no_rows(self) -> AbstractContextManager[None]:
+        """Called by a loader when it gives a batch without rows."""
+        return no_rows.allowed(self._models)
 
     def end_epoch(self, is_training: bool, order: str) -> None:
         """Called by a loader when it has given all batches."""
