@@ -76,6 +76,93 @@ def test_losses_that_ranks_cannot_compute_from_parts_are_refused(capfd: pytest.C
     assert ("Dice" in problem) == (rank == 0)
 
 
+def own_step(loss_of: Any, *layers: Any, change: Any = lambda gradients: gradients) -> Any:
+    """A distributed model with a train_step of its own, for a loss of outputs and targets."""
+    from common.tf.script import fit
+
+    import keras
+    import tensorflow as tf
+
+    class Own(keras.Sequential):
+        def train_step(self, data: Any) -> Any:
+            inputs, targets = data
+            with tf.GradientTape() as tape:
+                outputs = self(inputs, training=True)
+                loss = loss_of(outputs, tf.one_hot(targets, 3)) + sum(self.losses)
+            weights = self.trainable_variables
+            self.optimizer.apply(change(tape.gradient(loss, weights)), weights)
+            return {"value": loss}
+
+    fit.init(seed=1)
+    model = Own([keras.Input((8,)), *layers, keras.layers.Dense(3, kernel_regularizer="l2")])
+    model.compile(keras.optimizers.SGD(0.01))
+    return fit.distribute(model)
+
+
+@pytest.mark.ranks(2, framework="tf")
+@pytest.mark.parametrize("kind", ["sum", "contrastive", "clipped", "added", "tape"])
+def test_steps_whose_gradients_are_no_means_are_refused(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    from common.tf.script import fit
+
+    import keras
+    import tensorflow as tf
+
+    class Added(keras.layers.Layer):
+        def call(self, inputs: Any) -> Any:
+            self.add_loss(keras.ops.sum(keras.ops.square(inputs)))
+            return inputs
+
+    def mean(outputs: Any, targets: Any) -> Any:
+        return keras.ops.mean(keras.ops.square(outputs - targets))
+
+    def added_up(outputs: Any, targets: Any) -> Any:
+        return keras.ops.sum(keras.ops.square(outputs - targets))
+
+    def contrastive(outputs: Any, targets: Any) -> Any:
+        return -keras.ops.mean(keras.ops.diagonal(keras.ops.log_softmax(outputs @ keras.ops.transpose(outputs))))
+
+    def fit_step(model: Any) -> tuple[Any, Any]:
+        return model, lambda: train(model)
+
+    def tape_step() -> tuple[Any, Any]:
+        model, optimizer = build(), keras.optimizers.SGD(0.01)
+
+        def step(inputs: Any, targets: Any) -> None:
+            with tf.GradientTape() as tape:
+                loss = added_up(model(inputs), tf.one_hot(targets, 3))
+            optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+
+        return model, lambda: fit.data_parallel(step, model, optimizer)(tf.constant(X), tf.constant(Y))
+
+    model, action = {
+        "sum": lambda: fit_step(own_step(added_up)),
+        "contrastive": lambda: fit_step(own_step(contrastive)),
+        "clipped": lambda: fit_step(own_step(mean, change=lambda all: [tf.clip_by_norm(each, 1e-3) for each in all])),
+        "added": lambda: fit_step(fit.distribute(build(Added()))),
+        "tape": tape_step,
+    }[kind]()
+    before = model.get_weights()
+    assert ("add_loss or a layer adds losses up" in refused(capfd, action)) == (fit.init().rank == 0)
+    assert all(np.array_equal(*pair) for pair in zip(before, model.get_weights(), strict=True))
+
+
+@pytest.mark.ranks(2, framework="tf")
+def test_steps_of_ones_own_are_not_refused() -> None:
+    import keras
+    import tensorflow as tf
+
+    class Noise(keras.layers.Layer):
+        def call(self, inputs: Any) -> Any:
+            return inputs + tf.random.normal(tf.shape(inputs)) + keras.random.normal(keras.ops.shape(inputs))
+
+    def mean(outputs: Any, targets: Any) -> Any:
+        return keras.ops.mean(keras.ops.square(outputs - targets))
+
+    normal = [keras.layers.BatchNormalization(synchronized=is_of_all) for is_of_all in (False, True)]
+    for layers in ([], normal, [keras.layers.Dropout(0.5)], [Noise()]):
+        assert train(own_step(mean, *layers), epochs=2)["value"][-1] > 0
+
+
 @pytest.mark.ranks(2, framework="tf")
 def test_a_regulariser_of_activities_is_exact_or_refused(capfd: pytest.CaptureFixture[str]) -> None:
     from common.tf.script import fit

@@ -22,6 +22,11 @@ OF_WHOLE_BATCH = (
     "a loss or metric of a batch is not the mean of those of its parts, as with Dice or the root of a mean, so that "
     "ranks cannot compute it from parts; use one that is a mean over examples"
 )
+NO_MEANS = (
+    "the gradients of a batch that the optimizer gets are not the means of those of its parts, so that ranks cannot "
+    "compute them from parts: train_step, compute_loss, add_loss or a layer adds losses up, compares the rows of a "
+    "batch with each other, or clips gradients itself; use means over the rows, and clipnorm= of the optimizer"
+)
 
 
 @contextmanager
@@ -46,13 +51,13 @@ def _reason(error: BaseException | None) -> str:
         if isinstance(error, ConfigError):
             return str(error)
         if isinstance(error, tf.errors.InvalidArgumentError):  # in the graph of a step
-            return next((message for message in (OTHER_BATCHES, OF_WHOLE_BATCH) if message in str(error)), "")
+            return next((message for message in (OTHER_BATCHES, OF_WHOLE_BATCH, NO_MEANS) if message in str(error)), "")
         error = error.__context__
     return ""
 
 
 _is_first: list[tf.Variable] = []
-_suspects: list[tf.Tensor] = []
+_suspects: list[tuple[tf.Tensor, str]] = []
 
 
 def _first_step() -> tf.Variable:
@@ -82,9 +87,9 @@ def end_step() -> None:
     _first_step().assign(False)
 
 
-def suspect(is_of_whole_batch: tf.Tensor) -> None:
-    """Notes, () bool, whether a loss or metric of this rank's rows is not the mean of those of its halves."""
-    _suspects.append(is_of_whole_batch)
+def suspect(is_of_whole_batch: tf.Tensor, message: str = OF_WHOLE_BATCH) -> None:
+    """Notes, () bool, whether a value of this rank's rows is not the mean of those of its halves, and what to say."""
+    _suspects.append((is_of_whole_batch, message))
 
 
 def check_assigned(known: Sequence[keras.Variable], remedy: str) -> None:
@@ -115,17 +120,22 @@ def check_batch(data: Any) -> list[Any]:
 
 
 def check_suspects() -> list[Any]:
-    """Returns operations that raise InvalidArgumentError if a loss or metric so far is one of the whole batch."""
+    """Returns operations that raise InvalidArgumentError if a value so far is one of the whole batch."""
     if not _suspects or part.current() is None:
         return []
-    mine = tf.cast(tf.reduce_any(tf.stack(_suspects)), tf.float32)
+    mine = tf.cast(tf.stack([is_of_whole_batch for is_of_whole_batch, _ in _suspects]), tf.float32)
+    messages = [message for _, message in _suspects]
     _suspects.clear()
 
     def found() -> tf.Tensor:
         return hvd.allreduce(mine, op=hvd.Sum, name="script.suspects") > 0
 
-    is_wrong = tf.cond(is_first_step(), found, lambda: tf.constant(False))
-    return _refuse_if(is_wrong, OF_WHOLE_BATCH)
+    are_wrong = tf.cond(is_first_step(), found, lambda: tf.zeros(len(messages), tf.bool))
+    return [
+        operation
+        for message in dict.fromkeys(messages)
+        for operation in _refuse_if(tf.reduce_any(are_wrong & [each == message for each in messages]), message)
+    ]
 
 
 def _refuse_if(condition: tf.Tensor, message: str) -> list[Any]:

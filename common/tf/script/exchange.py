@@ -50,6 +50,10 @@ class GradientExchange:
     def apply(self, grads: Iterable[Any], trainable_variables: Iterable[keras.Variable] | None = None) -> None:
         """Replaces the optimizer's method: weighs this rank's gradients by its share of the rows."""
         grads = list(grads)
+        of_step = part.current()
+        if of_step is not None and of_step.recorded is not None:
+            of_step.recorded.extend(tf.convert_to_tensor(gradient) for gradient in grads if gradient is not None)
+            return
         variables = self._optimizer._trainable_variables if trainable_variables is None else list(trainable_variables)
         with tf.control_dependencies(self._before()):
             weighed = [self._weighed(gradient, variable) for gradient, variable in zip(grads, variables, strict=True)]

@@ -11,7 +11,7 @@ from common.distributed.topology import Topology
 from common.errors import ConfigError
 from common.gradients.gradient_sync import SyncOptions
 from common.tf.distributed import runtime
-from common.tf.script import callbacks, checks, statistics
+from common.tf.script import callbacks, checks, noise, probe, statistics
 from common.tf.script.call import Call, facts
 from common.tf.script.exchange import find_optimizers
 from common.tf.script.ranks import Ranks
@@ -231,16 +231,19 @@ class _Distributed:
             return self._ranks.predict(step, data)
 
         def recorded(rows: Any) -> Any:
+            if has_own_code:
+                checks.suspect(probe.is_of_whole_batch(step, rows, self._variables, self._model), checks.NO_MEANS)
             with self._results.recording() as origins:
                 outputs = step(rows)
-                states = [variable for each in find_optimizers(self._model) for variable in each.variables]
-                checks.check_assigned(
-                    [*self._model.variables, *states, *self._results.variables()],
-                    "give it to a metric or a layer of the model",
-                )
+                checks.check_assigned(self._variables(), "give it to a metric or a layer of the model")
                 return self._results.of_step(outputs, origins)
 
+        has_own_code = probe.has_own_code(self._model)
         return self._ranks.train(recorded, data, self._state)
+
+    def _variables(self) -> list[keras.Variable]:
+        states = [variable for each in find_optimizers(self._model) for variable in each.variables]
+        return [*self._model.variables, *states, *self._results.variables(), noise.state()]
 
     def _state(self) -> list[keras.Variable]:
         return [*self._results.variables(), *statistics.of_ranks(self._model)]

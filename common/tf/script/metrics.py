@@ -49,7 +49,7 @@ def _of_function(plain: Any) -> Any:
     @functools.wraps(plain)
     def update_state(self: keras.metrics.MeanMetricWrapper, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         of_step = part.current()
-        if of_step is not None:
+        if of_step is not None and of_step.recorded is None:
 
             def value(targets: Any, outputs: Any) -> Any:
                 return self._fn(targets, outputs, **self._fn_kwargs)

@@ -12,9 +12,11 @@ from common.distributed import noise_kind
 from common.distributed.topology import Topology
 from common.tf.script import part
 
+import keras
 import numpy as np
 import tensorflow as tf
 from keras.src.backend.tensorflow import random as keras_random
+from keras.src.random import seed_generator
 
 OTHERS = ("beta", "binomial", "categorical", "gamma", "shuffle")  # their arguments have rows
 BY_SHAPE = ("normal", "uniform", "truncated_normal", "randint")
@@ -36,6 +38,11 @@ def seed_tensorflow(topology: Topology) -> None:
     seed = tf.compat.v1.get_default_graph().seed if not tf.executing_eagerly() else None
     if seed is not None and topology.rank:
         tf.random.set_seed(int(np.random.SeedSequence((seed, topology.rank)).generate_state(1)[0] // 2))
+
+
+def state() -> keras.Variable:
+    """The state of the generator from which keras.random draws without a seed."""
+    return seed_generator.global_seed_generator().state
 
 
 def _of_rank(draw_seed: Callable[..., Any], topology: Topology) -> Callable[..., Any]:

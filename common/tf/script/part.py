@@ -21,12 +21,14 @@ class Part:
         num_rows: number of this rank's rows; may be 0.
         num_global: number of rows of the global batch.
         is_taken: whether this rank has read its rows alone.
+        recorded: gradients that optimizers were called with, if they are to be recorded instead of used.
     """
 
     start: tf.Tensor
     num_rows: tf.Tensor
     num_global: tf.Tensor
     is_taken: bool = False
+    recorded: list[tf.Tensor] | None = None
 
     @property
     def is_empty(self) -> tf.Tensor:
@@ -90,18 +92,20 @@ def of_own_batch(data: Any, topology: Topology) -> Part:
 
 def take(data: Any, part: Part) -> Any:
     """The rows of a part; one row if it is empty."""
-    if part.is_taken:
-        return data
-    end = part.first + part.num_computed
+    return data if part.is_taken else cut(data, part.first, part.first + part.num_computed)
+
+
+def cut(data: Any, begin: tf.Tensor, end: tf.Tensor) -> Any:
+    """The rows from begin to end, each () int32."""
 
     def rows(value: Any) -> Any:
         if not hasattr(value, "shape") or value.shape.rank == 0:
             return value
         if isinstance(value, tf.SparseTensor):
             others = tf.cast(value.dense_shape[1:], tf.int64)
-            start = tf.concat([[tf.cast(part.first, tf.int64)], tf.zeros_like(others)], 0)
-            return tf.sparse.slice(value, start, tf.concat([[tf.cast(part.num_computed, tf.int64)], others], 0))
-        return value[part.first : end]
+            start = tf.concat([[tf.cast(begin, tf.int64)], tf.zeros_like(others)], 0)
+            return tf.sparse.slice(value, start, tf.concat([[tf.cast(end - begin, tf.int64)], others], 0))
+        return value[begin:end]
 
     with tf.device("CPU"):  # only these rows go on to a GPU
         return keras.tree.map_structure(rows, data)

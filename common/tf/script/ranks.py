@@ -6,7 +6,7 @@ from typing import Any
 
 from common.distributed.topology import Topology
 from common.gradients.gradient_sync import SyncOptions
-from common.tf.script import checks, losses, metrics, noise, part
+from common.tf.script import checks, losses, metrics, noise, part, statistics
 from common.tf.script.exchange import GradientExchange
 from common.tf.script.part import Part
 
@@ -69,22 +69,14 @@ class Ranks:
         of_step = self._part(data)
         if not self.takes_own_batches:
             of_step = part.after(checks.check_batch(data), of_step)
-        before = {id(variable): tf.identity(variable.value) for variable in state()}
+        before = statistics.values(state())
         with part.working_on(of_step):
             noise.seed_tensorflow(self._topology)
             result = step(part.take(data, of_step))
             checks.check_suspects()
-        _put_back(state(), before, of_step)
+        tf.cond(of_step.is_empty, lambda: statistics.put_back(state(), before), lambda: None)
         checks.end_step()
         return result
 
     def _part(self, data: Any) -> Part:
         return (part.of_own_batch if self.takes_own_batches else part.of_batch)(data, self._topology)
-
-
-def _put_back(variables: Sequence[keras.Variable], before: dict[int, tf.Tensor], of_step: Part) -> None:
-    def put_back() -> None:
-        for variable in variables:
-            variable.assign(before.get(id(variable), tf.zeros_like(variable.value)))
-
-    tf.cond(of_step.is_empty, put_back, lambda: None)

@@ -1,6 +1,6 @@
 """State of layers that is not trained: BatchNormalization's statistics, counters."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.distributed.topology import Topology
@@ -27,6 +27,17 @@ def of_ranks(model: keras.Model) -> list[keras.Variable]:
         for variable in layer._non_trainable_variables
     }
     return [variable for variable in of_layers(model) if id(variable) not in of_all]
+
+
+def values(variables: Sequence[keras.Variable]) -> dict[int, tf.Tensor]:
+    """The values of variables, by their id."""
+    return {id(variable): tf.identity(variable.value) for variable in variables}
+
+
+def put_back(variables: Sequence[keras.Variable], before: Mapping[int, tf.Tensor]) -> None:
+    """Gives variables the values that they had before; those that are new begin at 0."""
+    for variable in variables:
+        variable.assign(before.get(id(variable), tf.zeros_like(variable.value)))
 
 
 def sums(tensors: Sequence[tf.Tensor], name: str, topology: Topology) -> list[tf.Tensor]:
@@ -60,19 +71,24 @@ def synchronise(model: keras.Model, topology: Topology) -> None:
 def use_global_batch(model: keras.Model) -> None:
     """Makes each BatchNormalization(synchronized=True) normalise with the statistics of the global batch."""
     for number, layer in enumerate(model._flatten_layers()):
-        if isinstance(layer, keras.layers.BatchNormalization) and layer.synchronized:
-            vars(layer)["_moments"] = _GlobalMoments(layer, f"script.moments.{number}")
+        if isinstance(layer, keras.layers.BatchNormalization):
+            vars(layer)["_moments"] = _Moments(layer, f"script.moments.{number}")
 
 
-class _GlobalMoments:
-    """Replaces a layer's method that computes mean and variance of its inputs, each (channels,)."""
+class _Moments:
+    """Replaces a layer's method that computes mean and variance of its inputs, each (channels,).
+
+    Where gradients of parts of a batch are compared, they are the moving ones, which do not depend on the part.
+    """
 
     def __init__(self, layer: keras.layers.BatchNormalization, name: str) -> None:
         self._layer, self._plain, self._name = layer, type(layer)._moments, name
 
     def __call__(self, inputs: tf.Tensor, mask: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
         of_step = part.current()
-        if of_step is None:
+        if of_step is not None and of_step.recorded is not None:
+            return self._layer.moving_mean.value, self._layer.moving_variance.value
+        if of_step is None or not self._layer.synchronized:
             return self._plain(self._layer, inputs, mask)
         if mask is not None:
             raise ConfigError(

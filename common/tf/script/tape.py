@@ -6,7 +6,7 @@ from typing import Any
 
 from common.gradients.gradient_sync import SyncOptions
 from common.tf.distributed import runtime
-from common.tf.script import checks, statistics
+from common.tf.script import checks, noise, probe, statistics
 from common.tf.script.ranks import Ranks
 from common.tf.script.results import means
 
@@ -53,12 +53,19 @@ def data_parallel(
     ranks.wrap(optimizers)
     statistics.use_global_batch(model)
 
+    def variables() -> list[keras.Variable]:
+        states = [variable for optimizer in optimizers for variable in optimizer.variables]
+        return [*model.variables, *states, *of_metrics, noise.state()]
+
+    def unpacked(rows: Any) -> Any:
+        return step(*rows)
+
     @tf.function
     def on_ranks(*data: Any) -> Any:
         def averaged(rows: Any) -> Any:
+            checks.suspect(probe.is_of_whole_batch(unpacked, rows, variables, model), checks.NO_MEANS)
             values = step(*rows)
-            states = [variable for optimizer in optimizers for variable in optimizer.variables]
-            checks.check_assigned([*model.variables, *states, *of_metrics], "pass data_parallel(metrics=[...])")
+            checks.check_assigned(variables(), "pass data_parallel(metrics=[...])")
             return None if values is None else means(values)
 
         return ranks.train(averaged, data, lambda: [*statistics.of_ranks(model), *of_metrics])
