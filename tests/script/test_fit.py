@@ -127,12 +127,12 @@ def test_steps_whose_gradients_are_no_means_are_refused(kind: str, capfd: pytest
     def tape_step() -> tuple[Any, Any]:
         model, optimizer = build(), keras.optimizers.SGD(0.01)
 
-        def step(inputs: Any, targets: Any) -> None:
+        def step(inputs: Any, *, targets: Any) -> None:
             with tf.GradientTape() as tape:
                 loss = added_up(model(inputs), tf.one_hot(targets, 3))
             optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
 
-        return model, lambda: fit.data_parallel(step, model, optimizer)(tf.constant(X), tf.constant(Y))
+        return model, lambda: fit.data_parallel(step, model, optimizer)(tf.constant(X), targets=tf.constant(Y))
 
     model, action = {
         "sum": lambda: fit_step(own_step(added_up)),

@@ -309,6 +309,44 @@ def test_an_evaluation_within_an_epoch_changes_nothing() -> None:
 
 
 @pytest.mark.ranks(2, framework="torch")
+def test_two_loaders_of_a_step_have_the_same_parts(capfd: pytest.CaptureFixture[str]) -> None:
+    from torch import nn
+    from torch.utils.data import DataLoader
+
+    def zipped(size: int) -> list[float]:
+        run, model, optimizer, loader = prepared(build())
+        losses = []
+        for (inputs, targets), (others, _) in zip(
+            loader, run.prepare(DataLoader(data(), batch_size=size)), strict=False
+        ):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(inputs), targets) + model(others).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(run.mean(loss))
+        return losses
+
+    assert len(zipped(16)) == 5
+    assert ("give their loaders one batch_size" in refused(capfd, lambda: zipped(5))) == (
+        prepared(build())[0].rank == 0
+    )
+
+
+@pytest.mark.ranks(2, framework="torch")
+def test_numbers_that_are_drawn_in_place_are_rows_of_the_batch(runtime: Any) -> None:
+    import torch
+
+    _, _, _, loader = prepared(build())
+    batches = iter(loader)
+    inputs, _ = next(batches)
+    torch.manual_seed(3)
+    of_ranks = runtime.allgather_object(torch.empty_like(inputs).normal_().tolist())
+    del batches
+    torch.manual_seed(3)
+    assert [*of_ranks[0], *of_ranks[1]] == torch.empty(16, 8).normal_().tolist()
+
+
+@pytest.mark.ranks(2, framework="torch")
 def test_a_step_needs_an_exchange() -> None:
     from torch import nn
 
@@ -319,6 +357,8 @@ def test_a_step_needs_an_exchange() -> None:
         with pytest.raises(TrainingError, match="leave the last one outside"):
             optimizer.step()
         break
+    with pytest.raises(TrainingError, match="create_graph=True"):
+        nn.functional.cross_entropy(model(inputs), targets).backward(create_graph=True)
 
 
 @pytest.mark.ranks(2, framework="torch")

@@ -58,33 +58,34 @@ def data_parallel(
         return [*model.variables, *states, *of_metrics, noise.state()]
 
     def unpacked(rows: Any) -> Any:
-        return step(*rows)
+        args, kwargs = rows
+        return step(*args, **kwargs)
 
     @tf.function
-    def on_ranks(*data: Any) -> Any:
+    def on_ranks(*args: Any, **kwargs: Any) -> Any:
         def averaged(rows: Any) -> Any:
             checks.suspect(probe.is_of_whole_batch(unpacked, rows, variables, model), checks.NO_MEANS)
-            values = step(*rows)
+            values = unpacked(rows)
             checks.check_assigned(variables(), "pass data_parallel(metrics=[...])")
             return None if values is None else means(values)
 
-        return ranks.train(averaged, data, lambda: [*statistics.of_ranks(model), *of_metrics])
+        return ranks.train(averaged, (args, kwargs), lambda: [*statistics.of_ranks(model), *of_metrics])
 
     of_metrics = [variable for metric in metrics for variable in metric.variables]
     has_begun: list[bool] = []
 
     @functools.wraps(step)
-    def called(*data: Any) -> Any:
+    def called(*args: Any, **kwargs: Any) -> Any:
         with checks.refusals(topology):
-            return begun(*data)
+            return begun(*args, **kwargs)
 
-    def begun(*data: Any) -> Any:
+    def begun(*args: Any, **kwargs: Any) -> Any:
         if not has_begun:
             has_begun.append(True)
             states = [variable for optimizer in optimizers if optimizer.built for variable in optimizer.variables]
             runtime.broadcast_variables([*model.variables, *states])
             checks.begin_epoch()
-        return on_ranks(*data)
+        return on_ranks(*args, **kwargs)
 
     return called
 

@@ -43,6 +43,7 @@ class GradientExchange:
     Attributes:
         weight: this rank's weight in the means of the last exchange.
         exchanged_part: this rank's part of the batch of the last exchange.
+        num_exchanges: number of exchanges so far.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class GradientExchange:
         self._syncs: list[AllreduceSync] = []
         self._is_running = self._is_held_back = False
         self._is_pending = False  # whether no_sync has kept gradients back
-        self._num_exchanges = 0
+        self.num_exchanges = 0
         self._seen: dict[int, int] = {}  # optimizer -> number of exchanges at its last step
         self._weighing: list[Any] = []  # hooks that weigh gradients when they come, not when they are sent
         self._unit = 1.0  # the sum of the ranks' weights where all targets count
@@ -126,10 +127,10 @@ class GradientExchange:
             raise TrainingError("parameters were frozen or unfrozen within a batch; do it before the batch is drawn")
         if self._is_pending:
             raise TrainingError("all backward passes of this step were within no_sync(); leave the last one outside")
-        if self._seen.get(id(optimizer), 0) == self._num_exchanges:
+        if self._seen.get(id(optimizer), 0) == self.num_exchanges:
             self._start()
             self._finish()
-        self._seen[id(optimizer)] = self._num_exchanges
+        self._seen[id(optimizer)] = self.num_exchanges
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """The state of this rank's compressors, by name of the state and of the parameter."""
@@ -171,6 +172,8 @@ class GradientExchange:
         """Hook of each parameter; the first of a backward starts the exchange, unless it is held back."""
         if self._is_running:
             return
+        if parameter.grad is not None and parameter.grad.requires_grad:
+            raise TrainingError("backward(create_graph=True): its gradients cannot be summed; use torch.autograd.grad")
         self._is_running = True
         Variable._execution_engine.queue_callback(self._finish)
         if not self._is_held_back:
@@ -215,7 +218,7 @@ class GradientExchange:
             return
         has_numbers = part.current() is not None and losses.targets_per_row() is not None
         losses.forget()
-        self._num_exchanges, self._is_pending = self._num_exchanges + 1, False
+        self.num_exchanges, self._is_pending = self.num_exchanges + 1, False
         was_weighed = bool(self._weighing)
         for hook in self._weighing:
             hook.remove()

@@ -23,8 +23,8 @@ class Epochs(Protocol):
     def check_order(self, print_of: str) -> None:
         """Compares the ranks' orders of the examples."""
 
-    def begin_batch(self, of_step: Part) -> None:
-        """Called when a batch is given."""
+    def begin_batch(self, of_step: Part, is_second: bool) -> None:
+        """Called when a batch is given. is_second: in the epoch of another loader, both of them for training."""
 
     def evaluating_no_rows(self) -> AbstractContextManager[None]:
         """Around a batch without rows."""
@@ -83,7 +83,7 @@ class RankLoader:
                     self._restored = {}
                 given = parts.popleft()
                 self._num_given += 1
-                self._run.begin_batch(given)
+                self._run.begin_batch(given, is_second=is_training and outer is not None)
                 if given.is_empty and not is_training:
                     with self._run.evaluating_no_rows():
                         yield part.without_rows(batch)

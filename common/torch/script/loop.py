@@ -89,6 +89,7 @@ class Run:
         self._topology, self._options, self._is_sum = topology, options, is_sum
         self._models: list[nn.Module] = []
         self._exchanges: list[GradientExchange] = []
+        self._num_exchanges = 0  # when the last batch was drawn
         self._kept: list[tuple[Tensor, Tensor]] = []  # statistics, and their values before a batch that does not count
         if self.world_size > 1:
             of_steps.install(topology)
@@ -212,8 +213,15 @@ class Run:
                     ]
                 )
 
-    def begin_batch(self, of_step: Part) -> None:
+    def begin_batch(self, of_step: Part, is_second: bool) -> None:
         """Called by a loader when it gives a batch."""
+        before, self._num_exchanges = self._num_exchanges, sum(each.num_exchanges for each in self._exchanges)
+        current = part.current()
+        if is_second and current and current.share != of_step.share and self._num_exchanges == before:
+            with _refusals(self._topology):
+                raise ConfigError(
+                    ["batches of different sizes are drawn for one step; give their loaders one batch_size"]
+                )
         self._put_back()
         of_targets.forget()
         part.set_current(of_step)

@@ -24,6 +24,8 @@ from torch.nn import functional as F
 
 DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
 
+IN_PLACE = ("normal_", "uniform_", "bernoulli_", "exponential_", "random_")
+
 
 @functools.cache
 def install(topology: Topology) -> None:
@@ -36,6 +38,8 @@ def install(topology: Topology) -> None:
         replacing.replace(torch, name, _like(getattr(torch, name), topology))
     for name in ("normal", "bernoulli", "poisson", "multinomial"):
         replacing.replace(torch, name, _of_this_rank(getattr(torch, name), topology))
+    for name in IN_PLACE:
+        setattr(Tensor, name, _in_place(getattr(Tensor, name), topology))
     replacing.replace(F, "scaled_dot_product_attention", _attention(F.scaled_dot_product_attention, topology))
     setattr(nn.RNNBase, "__call__", _recurrent(nn.RNNBase.__call__, topology))  # noqa: B010 (mypy)
 
@@ -140,6 +144,25 @@ def _like(plain: Callable[..., Tensor], topology: Topology) -> Callable[..., Ten
                 return plain(input, **options)
         num_drawn, rows = found
         return plain(_ones(num_drawn, input), **options)[rows.to(input.device)]
+
+    return draw
+
+
+def _in_place(plain: Callable[..., Tensor], topology: Topology) -> Callable[..., Tensor]:
+    @functools.wraps(plain)
+    def draw(self: Tensor, *args: Any, **options: Any) -> Tensor:
+        of_step = part.drawing()
+        has_rows = self.dim() and len(self) and not isinstance(self, nn.Parameter)
+        if of_step is None or not has_rows or len(self) % of_step.num_computed:
+            return plain(self, *args, **options)  # not of a batch: the same on all ranks
+        found = _rows(len(self)) if not any(isinstance(each, Tensor) for each in args) else None
+        if found is None:
+            with of_this_rank(topology):
+                return plain(self, *args, **options)
+        num_drawn, rows = found
+        drawn = plain(_ones(num_drawn, self), *args, **options)
+        with torch.no_grad():
+            return self.copy_(drawn[rows.to(self.device)])
 
     return draw
 
