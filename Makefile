@@ -34,7 +34,7 @@ ARGS ?=
 SECONDS ?= 60
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: help setup train test wheel wheel-check stress scripts upstream-tests lint bench clean
+.PHONY: help setup train test wheel wheel-check stress scripts reproducible upstream-tests lint bench clean
 
 help: ## list the targets and the options
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -63,6 +63,9 @@ stress: setup ## all of Horovod's operations at once, on 2, 3 and 4 ranks, throu
 
 scripts: setup ## scripts of one's own on 2 and 3 ranks give what their authors get in one process
 	$(IN_VENV) SCRIPT_RANKS=2,3 python -m pytest tests/script
+
+reproducible: setup ## train.reproducible=true gives the same bits in 12 layouts and 4 resumes, for two tasks (10 minutes)
+	$(IN_VENV) REPRODUCIBLE=all python -m pytest tests/training/test_reproducible.py
 
 upstream-tests: setup ## Horovod's own tests from SOURCE; says which fail, and why that is expected
 	$(if $(SOURCE),,$(error SOURCE=: name the folder of a checkout of Horovod v0.28.1))

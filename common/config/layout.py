@@ -8,12 +8,14 @@ from common.distributed.topology import Topology
 
 
 def arranged(topology: Topology, cfg: RunConfig) -> Topology:
-    """The topology with the stages or servers of a configuration.
+    """The topology with the stages, servers or lanes of a configuration.
 
     Raises:
-        ValueError: the stages or servers do not fit the number of ranks.
+        ValueError: the stages, servers or lanes do not fit the number of ranks.
     """
     parallel = cfg.parallel
+    if cfg.train.reproducible:
+        return dataclasses.replace(topology, num_lanes=cfg.train.lanes)
     if isinstance(parallel, PipelineConfig):
         equal = topology.world_size // max(1, parallel.pipeline_stages)
         stages = tuple(parallel.replicas_per_stage) or (equal,) * parallel.pipeline_stages

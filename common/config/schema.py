@@ -199,6 +199,10 @@ class TrainConfig:
     batch_schedule: BatchSchedule = MISSING
     batch_growth_steps: list[int] = MISSING
     """With batch_schedule=steps: the steps after which the global batch size doubles."""
+    reproducible: bool = MISSING
+    """Whether the bits of all weights are the same for all numbers of ranks; slower (docs/runs.md)."""
+    lanes: int = MISSING
+    """With reproducible: number of parts of a batch, whose gradients are added in a fixed order."""
     max_batch_size: int = MISSING
     """Limit to which the global batch size grows; 0: the number of examples."""
 

@@ -51,6 +51,7 @@ _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], float, str]] = {
     "train.log_every": (operator.ge, 1, "at least 1"),
     "train.checkpoint_every": (operator.ge, 0, "at least 0; 0 means one at the end"),
     "train.keep_checkpoints": (operator.ge, 1, "at least 1"),
+    "train.lanes": (operator.ge, 1, "at least 1; 8 is usual"),
     "train.max_batch_size": (operator.ge, 0, "at least 0; 0 means up to the number of examples"),
     "optimizer.lr": (operator.gt, 0, "greater than 0; 0.1 is usual for sgd, 0.001 for adamw"),
     "optimizer.momentum": (operator.ge, 0, "at least 0; 0 means plain gradient descent"),
@@ -125,6 +126,11 @@ def validate(cfg: RunConfig, topology: Topology) -> Topology:
 def _layout_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
     """The reasons why the ranks cannot be arranged as stages, or as servers and workers."""
     parallel, num_ranks = cfg.parallel, topology.world_size
+    if cfg.train.reproducible and not num_ranks <= cfg.train.lanes <= cfg.train.global_batch_size:
+        yield (
+            f"train.lanes={cfg.train.lanes}: must be at least the number of ranks, {num_ranks}, and at most "
+            f"train.global_batch_size={cfg.train.global_batch_size}; change it or horovodrun -np"
+        )
     if isinstance(parallel, PipelineConfig):
         stages, replicas = parallel.pipeline_stages, parallel.replicas_per_stage
         if replicas and (len(replicas) != stages or min(replicas) < 1 or sum(replicas) != num_ranks):
@@ -147,6 +153,8 @@ def _layout_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
 
 def _parallel_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
     parallel = cfg.parallel
+    if cfg.train.reproducible:
+        yield from _lane_problems(cfg, topology)
     if isinstance(parallel, PipelineConfig):
         yield from _pipeline_problems(parallel, cfg.train.global_batch_size, topology)
     if isinstance(parallel, ParameterServerConfig):
@@ -163,6 +171,23 @@ def _parallel_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
         yield f"op=adasum: goes with parallel=data, not {parallel.name}; use op=average"
     if cfg.train.measures_noise:
         yield f"train.batch_schedule=noise_scale: goes with parallel=data, not {parallel.name}; use constant|steps"
+
+
+def _lane_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
+    fewest = cfg.train.lanes // topology.world_size
+    if cfg.parallel.name != "data":
+        yield f"train.reproducible=true: goes with parallel=data, not {cfg.parallel.name}"
+    elif cfg.parallel.num_micro_batches > fewest:
+        yield (
+            f"parallel.num_micro_batches={cfg.parallel.num_micro_batches}: with train.reproducible=true each lane of a "
+            f"rank is a micro-batch, here {fewest}; leave it out, or make train.lanes larger"
+        )
+    if cfg.compression.name != "none":
+        yield f"train.reproducible=true: goes with compression=none, not {cfg.compression.name}"
+    if cfg.op is ReduceOp.adasum:
+        yield "train.reproducible=true: goes with op=average, not adasum"
+    if cfg.optimizer.sharded:
+        yield "optimizer.sharded=true: cuts the weights by the number of ranks; leave it out, or train.reproducible"
 
 
 def _pipeline_problems(parallel: PipelineConfig, batch: int, topology: Topology) -> Iterator[str]:
@@ -297,7 +322,7 @@ def _batch_schedule_problems(cfg: TrainConfig, topology: Topology) -> Iterator[s
             f"train.batch_growth_steps={steps}: must be ascending steps such as [100,200] with "
             "train.batch_schedule=steps, and [] otherwise"
         )
-    if cfg.batch_schedule is BatchSchedule.noise_scale and topology.num_replicas == 1:
+    if cfg.batch_schedule is BatchSchedule.noise_scale and topology.num_batch_slices == 1:
         yield (
             "train.batch_schedule=noise_scale: compares the gradients of ranks, and there is one; start more "
             "(horovodrun -np 2) or use constant|steps"
@@ -317,6 +342,8 @@ def _resume_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
 
 def _batch_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
     batch, parts = cfg.train.global_batch_size, cfg.parallel.num_micro_batches
+    if cfg.train.reproducible:
+        return  # the lanes are checked
     if 1 <= batch < topology.num_replicas:
         yield (
             f"train.global_batch_size={batch}: must be at least the number of ranks, {topology.num_replicas}, so that "

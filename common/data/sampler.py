@@ -139,7 +139,7 @@ class TrainingSampler:
             local: squared norm of the mean gradient of a rank's examples, summed over the ranks.
             whole: squared norm of the mean gradient of all examples, before clipping.
         """
-        sizes = [stop - start for start, stop in pairwise(bounds(step.global_size, self.topology.num_replicas))]
+        sizes = [stop - start for start, stop in pairwise(bounds(step.global_size, self.topology.num_batch_slices))]
         self.batch_sizes.observe(step.number, local, whole, sizes)
 
     def _step(self, position: SamplerState, order: np.ndarray) -> Step:
@@ -174,7 +174,7 @@ def part(num_examples: int, topology: Topology) -> slice:
 
     The sizes of batch slices differ by at most one example; larger ones come first.
     """
-    slices, starts = topology.batch_slices, bounds(num_examples, topology.num_replicas)
+    slices, starts = topology.batch_slices, bounds(num_examples, topology.num_batch_slices)
     return slice(starts[slices.start], starts[slices.stop])
 
 
@@ -184,10 +184,26 @@ def bounds(num_examples: int, num_parts: int) -> list[int]:
     return [number * size + min(number, larger) for number in range(num_parts + 1)]
 
 
-def evaluation_batches(num_examples: int, batch_size: int, topology: Topology) -> Iterator[slice]:
-    """This rank's parts of a dataset that is cut into batches of at most batch_size examples per batch slice."""
-    whole = batch_size * topology.num_replicas
-    for start in range(0, num_examples, whole):
-        mine = part(min(whole, num_examples - start), topology)
-        if mine.start < mine.stop:
-            yield slice(start + mine.start, start + mine.stop)
+def evaluation_pieces(
+    num_examples: int, batch_size: int, topology: Topology
+) -> tuple[int, Iterator[tuple[int, slice]]]:
+    """The pieces of a dataset that are evaluated one by one, of at most batch_size examples per batch slice.
+
+    A lane is a piece by itself, so that the pieces of a reproducible run are the same for all numbers of ranks.
+
+    Returns:
+        The number of pieces of all ranks, and this rank's pieces by their numbers.
+    """
+    whole, num_slices = batch_size * topology.num_batch_slices, topology.num_batch_slices
+    mine = topology.batch_slices
+    groups = [range(lane, lane + 1) for lane in mine] if topology.num_lanes else [mine]
+    starts = range(0, num_examples, whole)
+
+    def pieces() -> Iterator[tuple[int, slice]]:
+        for number, start in enumerate(starts):
+            ends = bounds(min(whole, num_examples - start), num_slices)
+            for group in groups:
+                if ends[group.start] < ends[group.stop]:
+                    yield number * num_slices + group.start, slice(start + ends[group.start], start + ends[group.stop])
+
+    return len(starts) * num_slices, pieces()

@@ -14,10 +14,10 @@ from common.errors import ConfigError, TrainingError
 class Runtime(Protocol):
     """The interface of a framework's runtime module."""
 
-    def init(self, process_sets: Iterable[Sequence[int]] = ()) -> Topology:
+    def init(self, process_sets: Iterable[Sequence[int]] = (), reproducible: bool = False) -> Topology:
         """Starts Horovod."""
 
-    def seed(self, number: int, topology: Topology) -> None:
+    def seed(self, number: int) -> None:
         """Seeds the random numbers for the initial weights, the same on all ranks."""
 
     def raise_on_all_ranks(self) -> AbstractContextManager[None]:

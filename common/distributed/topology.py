@@ -102,6 +102,8 @@ class Topology:
         local_size: number of ranks on this host.
         replicas_per_stage: number of ranks of each stage; (): one stage, which has all ranks except for servers.
         num_servers: number of parameter servers.
+        num_lanes: number of batch slices of a run that is the same to the bit for all numbers of ranks; each rank has
+            consecutive ones, and they may be unequally many. 0: any other run.
 
     Raises:
         ValueError: the integers do not describe a rank.
@@ -113,6 +115,7 @@ class Topology:
     local_size: int
     replicas_per_stage: tuple[int, ...] = ()
     num_servers: int = 0
+    num_lanes: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -124,6 +127,8 @@ class Topology:
             )
         if min(self.stages) < 1 or sum(self.stages) + self.num_servers != self.world_size:
             raise ValueError(f"{self.stages} replicas and {self.num_servers} servers are not {self.world_size} ranks")
+        if self.num_lanes and self.num_lanes < self.world_size:
+            raise ValueError(f"{self.num_lanes} lanes are too few for {self.world_size} ranks")
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -184,8 +189,13 @@ class Topology:
 
     @property
     def num_replicas(self) -> int:
-        """Number of batch slices; if all stages have equally many replicas, the number of replicas."""
+        """Number of replicas of the model; if stages have unequally many, their least common multiple."""
         return self._layout.num_batch_slices
+
+    @property
+    def num_batch_slices(self) -> int:
+        """Number of batch slices of the global batch."""
+        return self.num_lanes or self.num_replicas
 
     @property
     def _layout(self) -> Layout:
@@ -194,6 +204,8 @@ class Topology:
     @property
     def batch_slices(self) -> range:
         """The batch slices that this rank handles; empty for a server."""
+        if self.num_lanes:
+            return lanes_of(self.rank, self.world_size, self.num_lanes)
         return range(0) if self.is_server else self._layout.batch_slices_of(self.rank - self.num_servers)
 
     @property
@@ -214,3 +226,9 @@ class Topology:
     def num_threads(self, num_cores: int) -> int:
         """This rank's share of the host's cores, at least 1."""
         return max(1, num_cores // self.local_size)
+
+
+def lanes_of(rank: int, num_ranks: int, num_lanes: int) -> range:
+    """The lanes of a rank; the numbers of lanes of two ranks differ by at most one, larger ones first."""
+    size, larger = divmod(num_lanes, num_ranks)
+    return range(rank * size + min(rank, larger), (rank + 1) * size + min(rank + 1, larger))

@@ -34,6 +34,8 @@ class RankSchedule:
     @classmethod
     def from_config(cls, cfg: ParallelConfig, topology: Topology) -> "RankSchedule":
         """The configured schedule; with one stage, 1F1B, which then is gradient accumulation."""
+        if topology.num_lanes:  # each lane is a micro-batch
+            return cls("1f1b", 1, 1, topology)
         if not isinstance(cfg, PipelineConfig) or topology.num_stages == 1:
             return cls("1f1b", 1, cfg.num_micro_batches, topology)
         return cls(cfg.schedule, cfg.virtual_stages_per_rank, cfg.num_micro_batches, topology)
@@ -68,7 +70,7 @@ class RankSchedule:
         for batch_slice, (start, stop) in zip(slices, pairwise(bounds(num_examples, len(slices))), strict=True):
             rows = pairwise(bounds(stop - start, self.num_micro_batches))
             for row, (first, last) in enumerate(rows):
-                parts[row * self.topology.num_replicas + batch_slice] = slice(start + first, start + last)
+                parts[row * self.topology.num_batch_slices + batch_slice] = slice(start + first, start + last)
         return parts
 
     def bubble_report(self, times: list[list[float]]) -> dict[str, Any]:

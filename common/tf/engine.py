@@ -1,15 +1,18 @@
 """The engine of training: what a rank does with a batch, in TensorFlow."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from common.config.schema import PrecisionConfig
 from common.data.datasets.examples import Examples
-from common.data.sampler import evaluation_batches
+from common.data.sampler import bounds, evaluation_pieces
 from common.gradients.step_metrics import StepMetrics
 from common.tf.distributed import runtime
 from common.tf.gradients import optimizers
+from common.tf.gradients.lane_sync import LaneSync
 from common.tf.parallel.parameter_server import Sync
 from common.tf.parallel.pipeline import ScheduleExecutor, accumulate, compiled_accumulate
 from common.tf.parallel.sharded import ShardedOptimizer
@@ -55,6 +58,7 @@ class Engine:
     ) -> None:
         self.stage, self.gradients, self.optimizer = stage, gradients, optimizer
         self._precision = precision
+        self._seed = 0, 0  # of the run, and the number of the step
         self._stop: tf.Tensor | None = None  # in a compiled step, whether this rank was asked to stop before it
         self._apply = self._update if stage.topology.num_servers else tf.function(self._update)
 
@@ -71,7 +75,7 @@ class Engine:
         """Compiles a whole step as one graph, in which each bucket of gradients is sent as soon as it is computed.
 
         A step with transfers between two ranks (a model that is cut, parameter servers) is not compiled as a whole:
-        they would deadlock inside a graph.
+        they would deadlock inside a graph. Nor is one of lanes, which all run in the same graph.
         """
 
         def whole(inputs: tf.Tensor, targets: tf.Tensor, global_size: tf.Tensor, stop: tf.Tensor) -> StepMetrics:
@@ -80,8 +84,9 @@ class Engine:
             self._stop = None
             return metrics
 
-        has_transfers = self.stage.num_chunks > 1 or self.stage.topology.num_servers > 0
-        graphs: list[Callable[..., StepMetrics]] = [whole] if has_transfers else []
+        topology = self.stage.topology
+        is_cut = self.stage.num_chunks > 1 or topology.num_servers > 0 or topology.num_lanes > 0
+        graphs: list[Callable[..., StepMetrics]] = [whole] if is_cut else []
 
         def compiled(batch: Batch) -> StepMetrics:
             size, stop = tf.cast(batch.global_size, tf.int32), tf.constant(preemption.requested())
@@ -104,6 +109,10 @@ class Engine:
             targets: (B, ...) targets of these examples.
             global_size: () number of examples of all ranks in this step, by which the sums are divided.
         """
+        stop = tf.constant(preemption.requested()) if self._stop is None else self._stop
+        if isinstance(self.gradients, LaneSync):
+            self._run_lanes(self.gradients, loss_sum, inputs, targets, global_size, stop)
+            return
         stage, scale = self.stage, self.gradients.loss_scale
         loss, gradients = tf.zeros((), tf.float64), list[tf.Tensor]()
         if stage.num_chunks > 1:
@@ -120,8 +129,25 @@ class Engine:
                 loss, gradients = accumulate(stage, loss_sum, *arguments)
             else:
                 loss, gradients = compiled_accumulate(stage, loss_sum, *map(_any_size, arguments))(*arguments)
-        stop = tf.constant(preemption.requested()) if self._stop is None else self._stop
         self.gradients.accept(gradients, loss, stop, tf.shape(inputs)[0] / tf.cast(global_size, tf.int32))
+
+    def _run_lanes(
+        self,
+        gradients: LaneSync,
+        loss_sum: Measure,
+        inputs: tf.Tensor,
+        targets: tf.Tensor,
+        global_size: tf.Tensor | int,
+        stop: tf.Tensor,
+    ) -> None:
+        stage, (seed, step) = self.stage, self._seed
+        size, scale = tf.cast(global_size, tf.int32), tf.cast(gradients.loss_scale, stage.dtype)
+        lanes = stage.topology.batch_slices
+        for lane, (start, end) in zip(lanes, pairwise(bounds(len(inputs), len(lanes))), strict=True):
+            runtime.seed_dropout(stage, seed, lane, step)
+            arguments = inputs[start:end], targets[start:end], size, scale
+            loss, of_lane = compiled_accumulate(stage, loss_sum, *map(_any_size, arguments))(*arguments)
+            gradients.end_lane(lane, of_lane, loss, stop, (end - start) / size)
 
     def forward(self, inputs: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The outputs of the whole model and their targets on ranks of the last stage; empty tensors on the others.
@@ -130,7 +156,10 @@ class Engine:
             inputs: (B, ...) inputs of this rank's examples, at least one.
             targets: (B, ...) targets of these examples.
         """
-        stage, schedule = self.stage, replace(self.stage.rank_schedule, num_micro_batches=1)
+        stage = self.stage
+        if stage.num_chunks == 1:
+            return stage.compiled_chunk(0, training=False)(inputs), targets
+        schedule = replace(stage.rank_schedule, num_micro_batches=1)
         executor = ScheduleExecutor(stage, schedule, inputs, targets)
         executor.run(schedule.forward_actions())
         if not executor.outputs:
@@ -154,17 +183,18 @@ class Engine:
             batch_size: largest number of examples per forward pass.
         """
         self.gradients.sync_weights()
-        sums, count = [0.0] * len(measures), 0
-        for indices in evaluation_batches(len(examples), batch_size, self.stage.topology):
+        num_pieces, pieces = evaluation_pieces(len(examples), batch_size, self.stage.topology)
+        sums = np.zeros((num_pieces, len(measures)))
+        for number, indices in pieces:
             outputs, targets = self.forward(*self.to_tensors(examples.get_batch(indices)))
-            sums = [total + float(measure(outputs, targets)) for total, measure in zip(sums, measures, strict=True)]
-            count += len(targets)
-        *sums, total_count = runtime.sum_over_ranks(*sums, count)
-        return [total / total_count for total in sums]
+            sums[number] = [float(measure(outputs, targets)) for measure in measures]
+        of_all = np.reshape(runtime.sum_over_ranks(*sums.flat), sums.shape)
+        return [math.fsum(of_measure) / len(examples) for of_measure in of_all.T]
 
     def seed_dropout(self, seed: int, step: int) -> None:
-        """Seeds dropout, so that it depends only on the seed, the rank and the step."""
-        runtime.seed_dropout(self.stage, seed, self.stage.topology, step)
+        """Seeds dropout, so that it depends only on the seed, the step, and the rank or the lane."""
+        self._seed = seed, step
+        runtime.seed_dropout(self.stage, seed, self.stage.topology.rank, step)
 
     def assert_weights_in_sync(self) -> str:
         """Checks that ranks with the same stage hold the same weights, bit by bit; returns a SHA-256 of all weights.

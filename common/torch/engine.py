@@ -1,17 +1,20 @@
 """The engine of training: what a rank does with a batch, in PyTorch."""
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 from common.config.schema import PrecisionConfig
 from common.data.datasets.examples import Examples
-from common.data.sampler import evaluation_batches
+from common.data.sampler import bounds, evaluation_pieces
 from common.gradients.step_metrics import StepMetrics
 from common.parallel.rank_schedule import last_backward
 from common.torch.distributed import runtime
 from common.torch.gradients import optimizers
+from common.torch.gradients.lane_sync import LaneSync
 from common.torch.parallel.parameter_server import Sync
 from common.torch.parallel.pipeline import ScheduleExecutor
 from common.torch.parallel.sharded import ShardedOptimizer
@@ -61,6 +64,7 @@ class Engine:
     ) -> None:
         self.stage, self.gradients, self.optimizer = stage, gradients, optimizer
         self._precision, self._device = precision, runtime.device(stage.topology)
+        self._seed = 0, 0  # of the run, and the number of the step
 
     def to_batch(self, arrays: Iterable[np.ndarray], global_size: int) -> Batch:
         """This rank's inputs and targets of a step, as tensors."""
@@ -82,6 +86,9 @@ class Engine:
             targets: (B, ...) targets of these examples.
             global_size: number of examples of all ranks in this step, by which the sums are divided.
         """
+        if isinstance(self.gradients, LaneSync):
+            self._run_lanes(self.gradients, loss_sum, inputs, targets, global_size)
+            return
         schedule, start = self.stage.rank_schedule, time.perf_counter()
 
         def part_of_mean(outputs: Tensor, of_outputs: Tensor) -> Tensor:
@@ -97,6 +104,20 @@ class Engine:
             executor.run(action)
         self.stage.add_times(time.perf_counter() - start, executor.waited_seconds)
 
+    def _run_lanes(
+        self, gradients: LaneSync, loss_sum: Measure, inputs: Tensor, targets: Tensor, global_size: int
+    ) -> None:
+        lanes, (seed, step) = self.stage.topology.batch_slices, self._seed
+        for lane, (start, end) in zip(lanes, pairwise(bounds(len(inputs), len(lanes))), strict=True):
+            loss: Tensor | float = 0.0
+            if start < end:
+                runtime.seed(seed, lane, step)
+                outputs = self.stage(inputs[start:end].clone())  # bits may depend on where values lie in memory
+                loss = loss_sum(outputs, targets[start:end]) / global_size
+                (loss * gradients.loss_scale).backward()
+                loss = loss.detach()
+            gradients.end_lane(lane, loss, preemption.requested(), (end - start) / global_size)
+
     @torch.no_grad()
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The outputs of the whole model and their targets on ranks of the last stage; empty tensors on the others.
@@ -105,7 +126,10 @@ class Engine:
             inputs: (B, ...) inputs of this rank's examples, at least one.
             targets: (B, ...) targets of these examples.
         """
-        stage, schedule = self.stage, replace(self.stage.rank_schedule, num_micro_batches=1)
+        stage = self.stage
+        if stage.num_chunks == 1:
+            return stage(inputs), targets
+        schedule = replace(stage.rank_schedule, num_micro_batches=1)
         executor = ScheduleExecutor(stage, schedule, inputs, targets)
         for action in schedule.forward_actions():
             executor.run(action)
@@ -133,18 +157,19 @@ class Engine:
         """
         self.gradients.sync_weights()
         self.stage.eval()
-        sums, count = [0.0] * len(measures), 0
-        for indices in evaluation_batches(len(examples), batch_size, self.stage.topology):
+        num_pieces, pieces = evaluation_pieces(len(examples), batch_size, self.stage.topology)
+        sums = np.zeros((num_pieces, len(measures)))
+        for number, indices in pieces:
             outputs, targets = self.forward(*self.to_tensors(examples.get_batch(indices)))
-            sums = [total + float(measure(outputs, targets)) for total, measure in zip(sums, measures, strict=True)]
-            count += len(targets)
+            sums[number] = [float(measure(outputs, targets)) for measure in measures]
         self.stage.train()
-        *sums, total_count = runtime.sum_over_ranks(*sums, count)
-        return [total / total_count for total in sums]
+        of_all = np.reshape(runtime.sum_over_ranks(*sums.flat), sums.shape)
+        return [math.fsum(of_measure) / len(examples) for of_measure in of_all.T]
 
     def seed_dropout(self, seed: int, step: int) -> None:
-        """Seeds dropout, so that it depends only on the seed, the rank and the step."""
-        runtime.seed(seed, self.stage.topology, step)
+        """Seeds dropout, so that it depends only on the seed, the step, and the rank or the lane."""
+        self._seed = seed, step
+        runtime.seed(seed, self.stage.topology.rank, step)
 
     def assert_weights_in_sync(self) -> str:
         """Checks that ranks with the same stage hold the same weights, bit by bit; returns a SHA-256 of all weights.

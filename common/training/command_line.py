@@ -46,7 +46,7 @@ def run(train: Callable[[Any], Any], arguments: Sequence[str] | None = None) -> 
     runtime = importlib.import_module(f"common.{framework}.distributed.runtime")
     words = sys.argv[1:] if arguments is None else arguments
     overrides = [word for word in words if word not in ("-h", "--help")]
-    topology = _started(runtime, _process_sets(task, overrides))
+    topology = _started(runtime, *_needed_at_start(task, overrides))
     try:
         with runtime.raise_on_all_ranks():
             cfg = compose(task, overrides)
@@ -79,10 +79,10 @@ def run(train: Callable[[Any], Any], arguments: Sequence[str] | None = None) -> 
         sys.exit(1)
 
 
-def _started(runtime: Runtime, process_sets: list[Sequence[int]]) -> Topology:
+def _started(runtime: Runtime, process_sets: list[Sequence[int]], reproducible: bool) -> Topology:
     """Starts Horovod, which refuses to start if the ranks ask for different process sets."""
     try:
-        return runtime.init(process_sets)
+        return runtime.init(process_sets, reproducible)
     except ValueError:
         print(
             "Horovod could not start, as its message above says; give all ranks the same keys: parallel, "
@@ -101,13 +101,14 @@ def _meet(runtime: Runtime) -> bool:
     return not meeting.is_alive()
 
 
-def _process_sets(task: str, overrides: Sequence[str]) -> list[Sequence[int]]:
-    """The process sets, which Horovod needs at its start, before ranks can agree on errors in a configuration."""
+def _needed_at_start(task: str, overrides: Sequence[str]) -> tuple[list[Sequence[int]], bool]:
+    """The process sets, and whether the run is reproducible, before ranks can agree on errors in a configuration."""
     try:
         cfg = compose(task, overrides)
-        return process_sets(arranged(launched_topology(), cfg), cfg) if are_hosts_alike() else []
+        sets = process_sets(arranged(launched_topology(), cfg), cfg) if are_hosts_alike() else []
     except (ConfigError, ValueError):
-        return []  # the error is reported later, by all ranks together
+        return [], False  # the error is reported later, by all ranks together
+    return sets, cfg.train.reproducible
 
 
 def _help(recipe: ModuleType, task: str, cfg: RunConfig) -> str:

@@ -57,12 +57,12 @@ class Job(ABC, Generic[E]):
 
     def __init__(self, cfg: RunConfig, recipe_file: str) -> None:
         self.cfg, self.recipe = cfg, Path(recipe_file).stem
-        topology = self.runtime.init()
+        topology = self.runtime.init(reproducible=cfg.train.reproducible)
         with self.runtime.raise_on_all_ranks():
             topology = validate(cfg, topology)
             datasets.prepare(cfg.data, topology)
         self.topology = topology
-        self.runtime.seed(cfg.seed, topology)
+        self.runtime.seed(cfg.seed)
 
     @property
     @abstractmethod

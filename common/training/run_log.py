@@ -205,6 +205,8 @@ def _notes(cfg: RunConfig, sampler: TrainingSampler) -> Iterator[str]:
     size, warmup_steps = cfg.train.global_batch_size, cfg.lr_schedule.warmup_steps
     if size > sampler.num_examples:
         yield f"train.global_batch_size={size}: a step takes all {sampler.num_examples} examples, as there are no more"
+    if cfg.train.reproducible:
+        yield f"train.reproducible=true: {cfg.train.lanes} lanes are computed one by one on one thread per rank; slower"
     if warmup_steps > sampler.most_steps:
         yield (
             f"lr_schedule.warmup_steps={warmup_steps}: the run has {sampler.most_steps} steps, and ends before "

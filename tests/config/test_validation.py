@@ -82,6 +82,22 @@ MISTAKES = [
         *("mnist_mlp", 2, "compression=topk train.batch_schedule=noise_scale"),
         "compression=topk: train.batch_schedule=noise_scale compares",
     ),
+    (
+        *("mnist_mlp", 2, "train.reproducible=true train.lanes=1"),
+        "train.lanes=1: must be at least the number of ranks, 2",
+    ),
+    (
+        *("mnist_mlp", 2, "train.reproducible=true train.lanes=65"),
+        "train.lanes=65: must be at least the number of ranks, 2, and at most train.global_batch_size=64",
+    ),
+    (
+        *("mnist_mlp", 2, "train.reproducible=true parallel.num_micro_batches=5"),
+        "parallel.num_micro_batches=5: with train.reproducible=true",
+    ),
+    ("mnist_mlp", 2, "train.reproducible=true compression=int8", "train.reproducible=true: goes with compression=none"),
+    ("mnist_mlp", 2, "train.reproducible=true op=adasum", "train.reproducible=true: goes with op=average"),
+    ("mnist_mlp", 2, "train.reproducible=true optimizer.sharded=true", "optimizer.sharded=true: cuts the weights"),
+    ("mnist_mlp", 2, "train.reproducible=true parallel=pipeline", "train.reproducible=true: goes with parallel=data"),
     # Layouts.
     (
         *("mnist_mlp", 3, "parallel=pipeline"),

@@ -6,7 +6,7 @@ from typing import Any
 
 from common.config.schema import BatchSchedule, TrainConfig
 from common.data.batch_schedule import BatchSizes
-from common.data.sampler import SamplerState, Step, TrainingSampler, evaluation_batches
+from common.data.sampler import SamplerState, Step, TrainingSampler, evaluation_pieces
 from common.distributed.topology import Topology
 
 import numpy as np
@@ -107,7 +107,7 @@ def test_evaluation_takes_each_example_once(world_size: int, num_examples: int) 
     parts = [
         np.arange(num_examples)[part]
         for plan in plans(world_size, num_examples)
-        for part in evaluation_batches(num_examples, 4, plan.topology)
+        for _, part in evaluation_pieces(num_examples, 4, plan.topology)[1]
     ]
     assert max(map(len, parts)) <= 4
     assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(num_examples))

@@ -12,10 +12,10 @@ ALONE = Topology(0, 1, 0, 1)
 class OneRank:
     """The runtime of a job of one rank."""
 
-    def init(self, process_sets: Iterable[Sequence[int]] = ()) -> Topology:
+    def init(self, process_sets: Iterable[Sequence[int]] = (), reproducible: bool = False) -> Topology:
         return ALONE
 
-    def seed(self, number: int, topology: Topology) -> None: ...
+    def seed(self, number: int) -> None: ...
 
     def raise_on_all_ranks(self) -> AbstractContextManager[None]:
         return nullcontext()

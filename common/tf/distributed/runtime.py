@@ -12,6 +12,7 @@ from common.config.schema import PrecisionConfig
 from common.distributed import array_exchange, consensus, launcher_env
 from common.distributed.array_exchange import Arrays
 from common.distributed.topology import Topology
+from common.errors import ConfigError
 
 import horovod.tensorflow as hvd
 import keras
@@ -37,14 +38,26 @@ class Optimizer(Protocol):
         """Updates the weights once."""
 
 
-def init(process_sets: Iterable[Sequence[int]] = ()) -> Topology:
+def init(process_sets: Iterable[Sequence[int]] = (), reproducible: bool = False) -> Topology:
     """Starts Horovod if it is not running, and limits this rank's threads and GPUs; without horovodrun: a single rank.
 
     Args:
         process_sets: the proper subsets of the ranks that will communicate; the same list on all ranks.
+        reproducible: operations give the same bits each time, also where other hosts or ranks compute them: with one
+            thread, as several cut sums by their number.
+
+    Raises:
+        ConfigError: Horovod runs already, and TensorFlow with several threads.
     """
     if hvd.is_initialized():
+        if reproducible and tf.config.threading.get_intra_op_parallelism_threads() != 1:
+            raise ConfigError(
+                ["train.reproducible=true: TensorFlow has started with several threads; call init before"]
+            )
         return _topology()
+    if reproducible:
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.experimental.enable_op_determinism()
     _process_sets.update((tuple(ranks), hvd.ProcessSet(list(ranks))) for ranks in process_sets)
     launcher_env.set_defaults(bool(_process_sets))
     hvd.init(process_sets=list(_process_sets.values()))
@@ -52,7 +65,7 @@ def init(process_sets: Iterable[Sequence[int]] = ()) -> Topology:
     if topology.world_size == 1:
         launcher_env.refuse_other_launchers()
     num_threads = topology.num_threads(launcher_env.num_cores())
-    if "TF_NUM_INTRAOP_THREADS" not in os.environ:
+    if "TF_NUM_INTRAOP_THREADS" not in os.environ and not reproducible:
         tf.config.threading.set_intra_op_parallelism_threads(num_threads)
     if "TF_NUM_INTEROP_THREADS" not in os.environ:
         tf.config.threading.set_inter_op_parallelism_threads(num_threads)
@@ -84,20 +97,20 @@ def shutdown() -> None:
     hvd.shutdown()
 
 
-def seed(number: int, topology: Topology) -> None:
+def seed(number: int) -> None:
     """Seeds the random numbers for the initial weights, the same on all ranks."""
-    keras.utils.set_random_seed(_seed(number, topology, 0))
+    keras.utils.set_random_seed(_seed(number, 0, 0))
 
 
-def seed_dropout(model: keras.Model, number: int, topology: Topology, step: int) -> None:
-    """Seeds dropout, so that it depends only on the seed, the rank and the step."""
+def seed_dropout(model: keras.Model, number: int, part: int, step: int) -> None:
+    """Seeds dropout in a step on a part of its batch: a rank's or a lane's."""
     for place, state in enumerate(model.non_trainable_variables):
         if state.path.endswith("seed_generator_state"):
-            state.assign([_seed(number, topology, step), place])
+            state.assign([_seed(number, part, step), place])
 
 
-def _seed(number: int, topology: Topology, step: int) -> int:
-    return int(np.random.SeedSequence((number, topology.rank if step else 0, step)).generate_state(1)[0])
+def _seed(number: int, part: int, step: int) -> int:
+    return int(np.random.SeedSequence((number, part, step)).generate_state(1)[0])
 
 
 def to_tensor(array: np.ndarray, cfg: PrecisionConfig) -> tf.Tensor:

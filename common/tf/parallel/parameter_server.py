@@ -31,6 +31,7 @@ from common.tf.distributed.runtime import Optimizer
 from common.tf.gradients import norms, optimizers
 from common.tf.gradients.allreduce import AllreduceSync
 from common.tf.gradients.compression import Codec, Communicator, CompressionGroup, as_bytes, from_bytes
+from common.tf.gradients.lane_sync import LaneSync
 from common.tf.gradients.loss_scaler import LossScaler
 from common.tf.parallel.sharded import ServedOptimizer
 from common.tf.parallel.stage import Stage
@@ -258,13 +259,15 @@ class ServerSync(ServedSync):
         return self._num_steps + tracker.steps[worker] - tracker.slowest
 
 
-Sync = AllreduceSync | WorkerSync | ServerSync
+Sync = AllreduceSync | LaneSync | WorkerSync | ServerSync
 
 
 def build_sync(stage: Stage, optimizer: Optimizer, options: SyncOptions, parallel: ParallelConfig) -> Sync:
-    """What sums the gradients of a stage: allreduce over the ranks with the same weights, or parameter servers."""
+    """What sums the gradients of a stage: allreduce over ranks with the same weights, lanes, or parameter servers."""
     if isinstance(optimizer, ServedOptimizer) and isinstance(parallel, ParameterServerConfig):
         return (ServerSync if stage.topology.is_server else WorkerSync)(stage, optimizer, parallel, options)
+    if stage.topology.num_lanes:
+        return LaneSync(stage.trainable_variables, stage.topology, options)
     return AllreduceSync(stage.trainable_variables, stage.topology, options, stage.tied)
 
 

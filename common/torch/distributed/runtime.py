@@ -37,12 +37,17 @@ class Optimizer(Protocol):
         """Updates the weights once."""
 
 
-def init(process_sets: Iterable[Sequence[int]] = ()) -> Topology:
+def init(process_sets: Iterable[Sequence[int]] = (), reproducible: bool = False) -> Topology:
     """Starts Horovod if it is not running, and limits this rank's threads and GPUs; without horovodrun: a single rank.
 
     Args:
         process_sets: the proper subsets of the ranks that will communicate; the same list on all ranks.
+        reproducible: operations give the same bits each time, also where other hosts or ranks compute them: with one
+            thread, as several cut sums by their number.
     """
+    if reproducible:
+        torch.set_num_threads(1)
+        torch.use_deterministic_algorithms(True)
     if hvd.is_initialized():
         return _topology()
     _process_sets.update((tuple(ranks), hvd.ProcessSet(list(ranks))) for ranks in process_sets)
@@ -51,7 +56,7 @@ def init(process_sets: Iterable[Sequence[int]] = ()) -> Topology:
     topology = _topology()
     if topology.world_size == 1:
         launcher_env.refuse_other_launchers()
-    if "OMP_NUM_THREADS" not in os.environ:
+    if "OMP_NUM_THREADS" not in os.environ and not reproducible:
         torch.set_num_threads(topology.num_threads(launcher_env.num_cores()))
     if torch.cuda.is_available():
         _take_gpu(topology)
@@ -92,9 +97,9 @@ def dtype(cfg: PrecisionConfig) -> torch.dtype:
     return value
 
 
-def seed(number: int, topology: Topology, step: int = 0) -> None:
-    """Seeds a step's random numbers: those of step 0 (weights) are the same on all ranks, later ones (dropout) not."""
-    state = int(np.random.SeedSequence((number, topology.rank if step else 0, step)).generate_state(1)[0])
+def seed(number: int, part: int = 0, step: int = 0) -> None:
+    """Seeds the random numbers of a step on a part of its batch: a rank's or a lane's; step 0: the initial weights."""
+    state = int(np.random.SeedSequence((number, part, step)).generate_state(1)[0])
     torch.default_generator.manual_seed(state)
     if torch.cuda.is_available():  # torch.manual_seed would check for a GPU each time, which takes a millisecond
         torch.cuda.manual_seed(state)

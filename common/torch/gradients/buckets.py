@@ -52,6 +52,12 @@ class BucketBuffers:
         if parameter.grad is not None and parameter.grad is not view:
             parameter.grad = view.copy_(parameter.grad)
 
+    def adopt_all(self) -> None:
+        """Moves all gradients into their buckets; parameters without one get a gradient of zeros."""
+        for index in range(len(self._parameters)):
+            self.adopt(index)
+        self.fill_absent()
+
     def mark_all_present(self) -> None:
         """Notes that this rank has a gradient of each parameter."""
         self._num_holders.fill_(1)

@@ -31,6 +31,7 @@ from common.torch.distributed.runtime import Optimizer
 from common.torch.gradients import norms, optimizers
 from common.torch.gradients.allreduce import AllreduceSync
 from common.torch.gradients.compression import Codec, Communicator, CompressionGroup
+from common.torch.gradients.lane_sync import LaneSync
 from common.torch.gradients.loss_scaler import LossScaler
 from common.torch.parallel.sharded import ServedOptimizer
 from common.torch.parallel.stage import Stage
@@ -232,13 +233,15 @@ class ServerSync(ServedSync):
         return self._scaler.num_steps + tracker.steps[worker] - tracker.slowest
 
 
-Sync = AllreduceSync | WorkerSync | ServerSync
+Sync = AllreduceSync | LaneSync | WorkerSync | ServerSync
 
 
 def build_sync(stage: Stage, optimizer: Optimizer, options: SyncOptions, parallel: ParallelConfig) -> Sync:
-    """What sums the gradients of a stage: allreduce over the ranks with the same weights, or parameter servers."""
+    """What sums the gradients of a stage: allreduce over ranks with the same weights, lanes, or parameter servers."""
     if isinstance(optimizer, ServedOptimizer) and isinstance(parallel, ParameterServerConfig):
         return (ServerSync if stage.topology.is_server else WorkerSync)(stage, optimizer, parallel, options)
+    if stage.topology.num_lanes:
+        return LaneSync(stage.named_parameters(), stage.topology, options)
     return AllreduceSync(stage.named_parameters(), stage.topology, options, stage.tied)
 
 

@@ -1,0 +1,155 @@
+"""Sums gradients to the same bits for all numbers of ranks."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from common.data.sampler import bounds
+from common.distributed.topology import Topology
+from common.gradients import bucketing
+from common.gradients.gradient_sync import CountedSync, SyncOptions
+from common.gradients.lanes import Node, TreeSum, nodes_of
+from common.gradients.step_metrics import NUM_SCALARS, StepMetrics
+from common.tf.gradients import norms
+from common.tf.gradients.buckets import BucketBuffers
+from common.tf.gradients.loss_scaler import LossScaler
+
+import horovod.tensorflow as hvd
+import keras
+import tensorflow as tf
+
+
+class LaneSync(CountedSync):
+    """Sums the gradients of lanes along one tree (common/gradients/lanes.py): the GradientSync of reproducible runs.
+
+    A rank computes its lanes one after another, and each lane's gradients are kept apart. Then each rank adds up one
+    part of the vectors of all lanes, so that it sends about as much as in an allreduce.
+
+    Args:
+        weights: the variables of the model, in order.
+        topology: the place of this rank, and the number of lanes.
+        options: how gradients are summed; without compression.
+
+    Attributes:
+        buckets: the vectors in which gradients are exchanged.
+        gradients: after synchronize(), the sums of the gradients of the variables.
+    """
+
+    _scaler: LossScaler
+
+    def __init__(self, weights: Sequence[keras.Variable], topology: Topology, options: SyncOptions) -> None:
+        self._topology, self.options = topology, options
+        self._dtype = tf.as_dtype(weights[0].dtype)
+        self._scaler = LossScaler(options, self._dtype)
+        shapes = [tuple(variable.shape) for variable in weights]
+        value_bytes = self._dtype.size
+        self.buckets = bucketing.of_model(shapes, value_bytes, options.compression, options.op, options.bucket_bytes)
+        self._buffers = BucketBuffers(shapes, self.buckets, self._dtype)
+        self._nodes = [nodes_of(rank, topology.world_size, topology.num_lanes) for rank in range(topology.world_size)]
+        lengths = [bucket.num_values for bucket in self.buckets]
+        lengths[-1] += NUM_SCALARS
+        self._starts = [bounds(length, topology.world_size) for length in lengths]
+        self._pack, self._clip = tf.function(self._packed), tf.function(norms.clip)
+        self._finish = tf.function(self._finished)
+        self.gradients: list[tf.Tensor] = []
+        self._sums: list[TreeSum[tf.Tensor]] = []
+
+    def zero(self) -> None:
+        """Starts a step: clears all gradients."""
+        self.gradients, self._sums = [], [self._tree() for _ in self.buckets]
+
+    def end_lane(
+        self, lane: int, gradients: Sequence[tf.Tensor], loss: tf.Tensor, stop: tf.Tensor, fraction: tf.Tensor
+    ) -> None:
+        """Takes the result of a lane's backward; the lanes of a rank come in order.
+
+        Args:
+            lane: the lane's number.
+            gradients: the gradients of `loss` times the loss scale.
+            loss: () the lane's part of the mean loss over the global batch.
+            stop: () bool, whether this rank was asked to stop.
+            fraction: () the lane's fraction of the examples of the global batch.
+        """
+        for tree, message in zip(self._sums, self._pack(list(gradients), loss, stop, fraction), strict=True):
+            tree.push(Node(lane, lane + 1), message)
+
+    def synchronize(self) -> StepMetrics:
+        """Sums the gradients of all lanes; returns the metrics of the step, the same on all ranks."""
+        metrics, self.gradients = self._finish([self._exchanged(number) for number in range(len(self.buckets))])
+        return metrics
+
+    def clip_norm(self, max_norm: float) -> None:
+        """Scales the summed gradients down to a global L2 norm of max_norm if theirs is larger; 0: no clipping."""
+        if max_norm:
+            self.gradients = self._clip(self.gradients, max_norm, norms.norm(self.gradients))
+
+    def sync_weights(self) -> None:
+        """Does nothing: all ranks make the same updates, so that each has the newest weights."""
+
+    def state(self) -> dict[str, dict[int, tf.Tensor]]:
+        """The state of compressors: there are none."""
+        return {}
+
+    def load(self, state: Mapping[str, Mapping[int, Any]]) -> None:
+        """Loads the result of state()."""
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """The variables of the counters."""
+        return [self._scaler.variable]
+
+    def _tree(self) -> TreeSum[tf.Tensor]:
+        return TreeSum(self._topology.num_lanes, tf.add)
+
+    def _packed(
+        self, gradients: list[tf.Tensor], loss: tf.Tensor, stop: tf.Tensor, fraction: tf.Tensor
+    ) -> list[tf.Tensor]:
+        fraction, zero = tf.cast(fraction, self._dtype), tf.zeros((), self._dtype)
+        gradients, is_bad = self._scaler.unscale(gradients)
+        overflow = tf.cast(is_bad | ~tf.math.is_finite(loss), self._dtype) if self.options.finds_nonfinite else zero
+        measures_noise = self.options.measure_noise
+        squares = tf.math.divide_no_nan(norms.squared_norm(gradients), fraction**2) if measures_noise else zero
+        *others, last = self._buffers.pack(gradients)
+        scalars = tf.stack([tf.cast(loss, self._dtype), tf.cast(stop, self._dtype), squares, overflow])
+        return [*others, tf.concat([last, scalars], 0)]
+
+    def _exchanged(self, number: int) -> tf.Tensor:
+        """The sum of a bucket's vectors of all lanes."""
+        nodes, pieces = self._sums[number].nodes, list(pairwise(self._starts[number]))
+        message = tf.concat([value[start:end] for start, end in pieces for _, value in nodes], 0)
+        splits = [len(nodes) * (end - start) for start, end in pieces]
+        received, _ = hvd.alltoall(message, splits, name=f"lanes.nodes.{number}")
+        of_all, tree = [node for of_rank in self._nodes for node in of_rank], self._tree()
+        for node, value in zip(of_all, tf.split(received, len(of_all)), strict=True):
+            tree.push(node, value)
+        ((_, part),) = tree.nodes
+        return hvd.allgather(part, name=f"lanes.sums.{number}")
+
+    def _finished(self, sums: list[tf.Tensor]) -> tuple[StepMetrics, list[tf.Tensor]]:
+        *others, last = sums
+        last, scalars = tf.split(last, [-1, NUM_SCALARS])
+        gradients = self._buffers.unpack([*others, last])
+        loss, stop, local_grad_sqnorm, overflow = tf.unstack(scalars, NUM_SCALARS)
+        loss_scale = self._scaler.counters.loss_scale
+        self._scaler.count(overflow > 0 if self.options.finds_nonfinite else False)
+        metrics = StepMetrics(
+            loss,
+            stop,
+            local_grad_sqnorm,
+            overflow,
+            norms.squared_norm(gradients) if self.options.measure_noise else 0.0,
+            self._wire_bytes(),
+            loss_scale=loss_scale,
+            skipped_steps=self._scaler.counters.skipped_steps,
+        )
+        return metrics, gradients
+
+    def _wire_bytes(self) -> tuple[int, ...]:
+        """The bytes that this rank sends in a step, for each bucket."""
+        rank, num_others = self._topology.rank, self._topology.world_size - 1
+        mine = [starts[rank + 1] - starts[rank] for starts in self._starts]
+        wholes, num_nodes = [starts[-1] for starts in self._starts], len(self._nodes[rank])
+        return tuple(
+            self._dtype.size * (num_nodes * (whole - part) + num_others * part)
+            for whole, part in zip(wholes, mine, strict=True)
+        )
