@@ -199,6 +199,8 @@ class TrainConfig:
     batch_schedule: BatchSchedule = MISSING
     batch_growth_steps: list[int] = MISSING
     """With batch_schedule=steps: the steps after which the global batch size doubles."""
+    commit_every: int = MISSING
+    """With elastic=true: optimizer steps between two commits to the ranks' memory, from which the others go on."""
     reproducible: bool = MISSING
     """Whether the bits of all weights are the same for all numbers of ranks; slower (docs/runs.md)."""
     lanes: int = MISSING
@@ -469,6 +471,8 @@ class RunConfig:
     """The whole configuration of a recipe."""
 
     seed: int = MISSING
+    elastic: bool = MISSING
+    """Whether ranks may leave and join (horovodrun --min-np)."""
     resume: ResumeConfig = MISSING
     run: RunFolderConfig = MISSING
     data: DataConfig = MISSING

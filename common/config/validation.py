@@ -50,6 +50,7 @@ _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], float, str]] = {
     "train.clip_norm": (operator.ge, 0, "at least 0; 0 means no clipping"),
     "train.log_every": (operator.ge, 1, "at least 1"),
     "train.checkpoint_every": (operator.ge, 0, "at least 0; 0 means one at the end"),
+    "train.commit_every": (operator.ge, 1, "at least 1"),
     "train.keep_checkpoints": (operator.ge, 1, "at least 1"),
     "train.lanes": (operator.ge, 1, "at least 1; 8 is usual"),
     "train.max_batch_size": (operator.ge, 0, "at least 0; 0 means up to the number of examples"),
@@ -153,6 +154,8 @@ def _layout_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
 
 def _parallel_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
     parallel = cfg.parallel
+    if cfg.elastic:
+        yield from _elastic_problems(cfg)
     if cfg.train.reproducible:
         yield from _lane_problems(cfg, topology)
     if isinstance(parallel, PipelineConfig):
@@ -171,6 +174,17 @@ def _parallel_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
         yield f"op=adasum: goes with parallel=data, not {parallel.name}; use op=average"
     if cfg.train.measures_noise:
         yield f"train.batch_schedule=noise_scale: goes with parallel=data, not {parallel.name}; use constant|steps"
+
+
+def _elastic_problems(cfg: RunConfig) -> Iterator[str]:
+    if cfg.parallel.name != "data":
+        yield f"elastic=true: goes with parallel=data, not {cfg.parallel.name}; restart such a run by the same command"
+    if cfg.optimizer.sharded:
+        yield "optimizer.sharded=true: a rank that is lost takes its part of the optimizer's state along; leave it out"
+    if isinstance(cfg.compression, LossyConfig) and cfg.compression.two_level:
+        yield "compression.two_level=true: needs the same hosts all the time; leave it out, or elastic=true"
+    if isinstance(cfg.compression, AutoCompressionConfig):
+        yield "compression=auto: would choose again whenever ranks change; with elastic=true name a method"
 
 
 def _lane_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from typing import Any, Protocol
 
+from common.distributed.array_exchange import Arrays
 from common.distributed.topology import Topology
 from common.errors import ConfigError, TrainingError
 
@@ -28,6 +29,12 @@ class Runtime(Protocol):
 
     def broadcast_object(self, value: Any) -> Any:
         """Returns rank 0's value on all ranks, which wait for rank 0."""
+
+    def allgather_object(self, value: Any) -> list[Any]:
+        """Returns every rank's JSON value, in the order of ranks, on all ranks."""
+
+    def exchange_arrays(self, outgoing: Sequence[Arrays]) -> Sequence[Arrays]:
+        """Sends named arrays to each rank; returns the arrays received from each rank."""
 
     def shutdown(self) -> None:
         """Ends Horovod on all ranks."""

@@ -12,7 +12,8 @@ class StepMetrics(NamedTuple):
 
     Attributes:
         loss: mean loss over the global batch.
-        stop: number of ranks that were asked to stop.
+        stop: the sum of the ranks' notices: how many were asked to stop, and whether ranks will leave or join
+            (common/training/preemption.py).
         local_grad_sqnorm: squared norm of a rank's local mean gradient, summed over the ranks that have examples; 0
             unless measured.
         overflow: how often a loss or gradient was found not to be finite; checked in half precision and with

@@ -59,7 +59,7 @@ class Engine:
         self.stage, self.gradients, self.optimizer = stage, gradients, optimizer
         self._precision = precision
         self._seed = 0, 0  # of the run, and the number of the step
-        self._stop: tf.Tensor | None = None  # in a compiled step, whether this rank was asked to stop before it
+        self._stop: tf.Tensor | None = None  # in a compiled step, this rank's notice before it
         self._apply = self._update if stage.topology.num_servers else tf.function(self._update)
 
     def to_batch(self, arrays: Iterable[np.ndarray], global_size: int) -> Batch:
@@ -89,7 +89,7 @@ class Engine:
         graphs: list[Callable[..., StepMetrics]] = [whole] if is_cut else []
 
         def compiled(batch: Batch) -> StepMetrics:
-            size, stop = tf.cast(batch.global_size, tf.int32), tf.constant(preemption.requested())
+            size, stop = tf.cast(batch.global_size, tf.int32), tf.constant(preemption.notice(), tf.float32)
             arguments = batch.inputs, batch.targets, size, stop
             if not graphs:
                 graphs.append(tf.function(whole, input_signature=[_any_size(each) for each in arguments]))
@@ -109,7 +109,7 @@ class Engine:
             targets: (B, ...) targets of these examples.
             global_size: () number of examples of all ranks in this step, by which the sums are divided.
         """
-        stop = tf.constant(preemption.requested()) if self._stop is None else self._stop
+        stop = tf.constant(preemption.notice(), tf.float32) if self._stop is None else self._stop
         if isinstance(self.gradients, LaneSync):
             self._run_lanes(self.gradients, loss_sum, inputs, targets, global_size, stop)
             return

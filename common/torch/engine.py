@@ -100,7 +100,7 @@ class Engine:
         for number, action in enumerate(actions):
             if number == last:
                 fraction = len(inputs) / global_size
-                self.gradients.prepare_for_backward(executor.loss, preemption.requested(), fraction)
+                self.gradients.prepare_for_backward(executor.loss, preemption.notice(), fraction)
             executor.run(action)
         self.stage.add_times(time.perf_counter() - start, executor.waited_seconds)
 
@@ -116,7 +116,7 @@ class Engine:
                 loss = loss_sum(outputs, targets[start:end]) / global_size
                 (loss * gradients.loss_scale).backward()
                 loss = loss.detach()
-            gradients.end_lane(lane, loss, preemption.requested(), (end - start) / global_size)
+            gradients.end_lane(lane, loss, preemption.notice(), (end - start) / global_size)
 
     @torch.no_grad()
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

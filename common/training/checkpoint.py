@@ -20,8 +20,9 @@ from common.distributed.consensus import Runtime
 from common.distributed.topology import Topology
 from common.errors import ConfigError, Stopped, TrainingError
 from common.gradients.step_metrics import StepMetrics
-from common.training import checkpoint_files, provenance, run_lock
-from common.training.checkpoint_files import GRADIENTS, Checkpoint
+from common.training import checkpoint_files, preemption, provenance, run_lock
+from common.training.checkpoint_files import GRADIENTS, MEMORY, Checkpoint
+from common.training.elastic import RanksChanged, membership
 
 import numpy as np
 
@@ -32,6 +33,7 @@ Exchange = Callable[[Sequence[Arrays]], Sequence[Arrays]]
 RESUME_MAY_CHANGE = (
     *("resume.", "run.", "parallel.", "optimizer.sharded", "data."),
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.on_nonfinite"),
+    *("train.commit_every", "elastic"),
 )
 RESUME_MUST_MATCH = ("data.balance", "data.max_shift", "data.max_rotation")
 
@@ -115,12 +117,12 @@ class Checkpoints:
         return restored
 
     def _restored(self) -> dict[str, Any]:
-        checkpoint: Checkpoint | None = None
+        checkpoint = membership.newest(self._runtime, self._rank) if self._cfg.elastic else None
         with self._runtime.raise_on_all_ranks():
             if self._rank == 0:
                 if self._run_folder.exists():
                     run_lock.hold(self._run_folder)
-                checkpoint = self._suitable()
+                checkpoint = checkpoint or self._suitable()
         restored: dict[str, Any] = self._runtime.broadcast_object(checkpoint.state if checkpoint else {})
         if restored:
             with self._runtime.raise_on_all_ranks():
@@ -138,19 +140,38 @@ class Checkpoints:
     def save_if_due(self, step: Step, metrics: StepMetrics, sampler: TrainingSampler) -> None:
         """Saves a checkpoint every train.checkpoint_every steps, at the end, and if a rank was asked to stop.
 
+        With elastic=true also commits to memory: then, every train.commit_every steps, and before ranks change.
+
         Raises:
             ConfigError: a checkpoint could not be written; unless it is the last one, raised at the next checkpoint.
             TrainingError: a value of the weights or the other state is not finite; the last checkpoint is kept.
             Stopped: a rank was asked to stop; the checkpoint is saved.
+            RanksChanged: ranks will leave or join; the state is committed.
         """
-        every = self._cfg.train.checkpoint_every
-        is_stop = float(metrics.stop) > 0 and step.progress < 1
-        is_last = step.progress >= 1 or is_stop
-        if not is_last and not (every and step.number % every == 0):
+        train, notices = self._cfg.train, float(metrics.stop)
+        is_over = step.progress >= 1
+        is_stop, is_change = preemption.is_stop(notices) and not is_over, preemption.is_change(notices) and not is_over
+        is_due = is_over or is_stop or _divides(train.checkpoint_every, step.number)
+        is_commit = self._cfg.elastic and (is_due or is_change or _divides(train.commit_every, step.number))
+        if not is_due and not is_commit:
             return
+        arrays = self._state.weights(), self._state.optimizer_state(), self._state.gradients()
+        if is_commit:
+            membership.commit = Checkpoint(MEMORY, *arrays, self._state_at(step, sampler))
+        if is_due:
+            self._save(step, arrays, sampler, is_last=is_over or is_stop)
+        if is_stop:
+            raise Stopped(
+                f"stopped at step {step.number}, as asked by a signal; the same command with "
+                f"run.dir={self._cfg.run.dir} goes on from there"
+            )
+        if is_change:
+            raise RanksChanged
+
+    def _save(self, step: Step, arrays: tuple[Arrays, Arrays, Arrays], sampler: TrainingSampler, is_last: bool) -> None:
+        """Writes a checkpoint in the background; the last one, before it returns."""
         for path in (self._run_folder / "ledger").glob(f"*.rank-{self._rank:04}.jsonl"):
             file_io.sync_path(path)
-        arrays = self._state.weights(), self._state.optimizer_state(), self._state.gradients()
         with self._runtime.raise_on_all_ranks():
             if self._rank == 0:
                 self._wait()
@@ -160,11 +181,6 @@ class Checkpoints:
                 self._writing.add_done_callback(_unfinished.discard)
                 if is_last:
                     self._wait()
-        if is_stop:
-            raise Stopped(
-                f"stopped at step {step.number}, as asked by a signal; the same command with "
-                f"run.dir={self._cfg.run.dir} goes on from there"
-            )
 
     def _state_at(self, step: Step, sampler: TrainingSampler) -> dict[str, Any]:
         return self._identity | {
@@ -252,6 +268,10 @@ def finish_writing() -> None:
     wait(list(_unfinished))
 
 
+def _divides(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
 def _are_counters(counters: np.ndarray | None) -> bool:
     return counters is not None and counters.shape in ((3,), (4,)) and bool(np.isfinite(counters).all())
 
@@ -283,13 +303,13 @@ def of_all_stages(arrays: Arrays, topology: Topology, exchange: Exchange) -> Arr
     """Gathers the arrays of all stages on rank 0, from the first rank of each stage; all ranks must call it.
 
     Args:
-        arrays: the arrays of this rank's stage; used if this is the first rank of the stage.
+        arrays: the arrays of this rank's stage; with several stages, used if this is the first rank of the stage.
         topology: the place of this rank.
         exchange: sends arrays to each rank and returns those from each.
     """
     mine = arrays if topology.leads_group else {}
     if topology.num_stages == 1:
-        return mine
+        return arrays
     received = exchange([mine, *[{}] * (topology.world_size - 1)])
     return {name: array for of_rank in received for name, array in of_rank.items()}
 

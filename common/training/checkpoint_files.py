@@ -22,6 +22,7 @@ from common.errors import ConfigError
 
 WEIGHTS, OPTIMIZER, GRADIENTS = "weights.safetensors", "optimizer.safetensors", "gradients.safetensors"
 STATE = "state.json"
+MEMORY = Path("memory")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Checkpoint:
     """A checkpoint that was read.
 
     Attributes:
-        folder: the folder of the checkpoint.
+        folder: the folder of the checkpoint; MEMORY if it is in memory.
         weights: the weights, by name.
         optimizer_state: the optimizer's state, by name.
         gradients: the state of compressors and the loss scale, by name.

@@ -18,7 +18,8 @@ from common.distributed.consensus import Runtime
 from common.distributed.launcher_env import are_hosts_alike, launched_topology
 from common.distributed.topology import Topology
 from common.errors import ConfigError, Stopped, TrainingError
-from common.training import checkpoint, preemption
+from common.training import checkpoint, elastic, preemption
+from common.training.elastic import RanksChanged, membership
 
 SECONDS_TO_GIVE_WAY = 5
 SECONDS_TO_MEET = 10
@@ -45,17 +46,26 @@ def run(train: Callable[[Any], Any], arguments: Sequence[str] | None = None) -> 
     task, _, framework = Path(str(sys.modules[train.__module__].__file__)).stem.rpartition("_")
     runtime = importlib.import_module(f"common.{framework}.distributed.runtime")
     words = sys.argv[1:] if arguments is None else arguments
+    while not _trained(train, task, runtime, words):
+        pass
+
+
+def _trained(train: Callable[[Any], Any], task: str, runtime: Runtime, words: Sequence[str]) -> bool:
+    """Trains to the end; False if ranks have changed and the others must start again, as an elastic run does."""
     overrides = [word for word in words if word not in ("-h", "--help")]
     topology = _started(runtime, *_needed_at_start(task, overrides))
     try:
+        if elastic.is_launched():
+            membership.listen()
         with runtime.raise_on_all_ranks():
             cfg = compose(task, overrides)
         if len(overrides) < len(words):
             if topology.rank == 0:
                 print(_help(sys.modules[train.__module__], task, cfg))
-            return
+            return True
         preemption.listen()
         train(cfg)
+        return True
     except (ConfigError, TrainingError, Stopped) as error:  # usually raised by all ranks together
         if topology.rank == 0:
             checkpoint.finish_writing()
@@ -69,14 +79,27 @@ def run(train: Callable[[Any], Any], arguments: Sequence[str] | None = None) -> 
             print(error, file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(_STATUS[type(error)])
+    except RanksChanged:
+        _say(topology, "ranks join or leave")
     except Exception as error:
         if not runtime.is_lost_rank(error):
             raise
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ends the remaining ranks
-        print(f"rank {topology.rank} stops: another rank has left the job", file=sys.stderr, flush=True)
-        # The job's status is that of the first rank to exit: let the rank that failed exit first.
-        time.sleep(SECONDS_TO_GIVE_WAY)
-        sys.exit(1)
+        if not elastic.is_launched():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ends the remaining ranks
+            print(f"rank {topology.rank} stops: another rank has left the job", file=sys.stderr, flush=True)
+            # The job's status is that of the first rank to exit: let the rank that failed exit first.
+            time.sleep(SECONDS_TO_GIVE_WAY)
+            sys.exit(1)
+        _say(topology, "a rank is lost")
+    checkpoint.finish_writing()
+    runtime.shutdown()
+    return False
+
+
+def _say(topology: Topology, what: str) -> None:
+    """Tells once per host why an elastic run starts again."""
+    if topology.local_rank == 0:
+        print(f"{what}: going on from the last commit", file=sys.stderr, flush=True)
 
 
 def _started(runtime: Runtime, process_sets: list[Sequence[int]], reproducible: bool) -> Topology:

@@ -18,6 +18,7 @@ from common.gradients.gradient_sync import GradientSync
 from common.gradients.step_metrics import StepMetrics
 from common.training import provenance
 from common.training.checkpoint import Checkpoints, State
+from common.training.elastic import check_launch, membership
 from common.training.lr_schedule import learning_rate
 from common.training.run_log import RunLog, new_folder
 
@@ -59,6 +60,7 @@ class Job(ABC, Generic[E]):
         self.cfg, self.recipe = cfg, Path(recipe_file).stem
         topology = self.runtime.init(reproducible=cfg.train.reproducible)
         with self.runtime.raise_on_all_ranks():
+            check_launch(cfg)
             topology = validate(cfg, topology)
             datasets.prepare(cfg.data, topology)
         self.topology = topology
@@ -87,7 +89,7 @@ class Job(ABC, Generic[E]):
             ConfigError: the ranks were not started alike, or the model cannot be cut as configured.
         """
         self.runtime.check_alike(provenance.facts(self.cfg, examples.fingerprint))
-        self.cfg.run.dir = self.runtime.broadcast_object(new_folder(self.cfg, self.recipe))
+        self.cfg.run.dir = membership.folder = self.runtime.broadcast_object(new_folder(self.cfg, self.recipe))
         return self._engine(layers, examples)
 
     def restore_or_broadcast(

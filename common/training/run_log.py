@@ -32,6 +32,7 @@ from common.errors import TrainingError
 from common.gradients.bucketing import Bucket
 from common.gradients.step_metrics import StepMetrics
 from common.training import metrics_file, run_lock
+from common.training.elastic import membership
 from common.training.progress import Progress
 from common.training.step_statistics import StepStatistics
 from common.training.tensorboard import ScalarWriter
@@ -40,7 +41,12 @@ MOST_SKIPPED = 20  # skipped steps in a row at a loss scale of 1, which cannot b
 
 
 def new_folder(cfg: RunConfig, recipe: str) -> str:
-    """The run's folder: run.dir if it is set, else outputs/<recipe>/<date-time>, to the millisecond."""
+    """The run's folder: run.dir if it is set, else outputs/<recipe>/<date-time>, to the millisecond.
+
+    An elastic run keeps its folder when its ranks change.
+    """
+    if cfg.elastic and membership.folder:
+        return membership.folder
     now = datetime.datetime.now().isoformat(sep="_", timespec="milliseconds").replace(":", "-")
     return cfg.run.dir or str(Path("outputs", recipe, now))
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from common.distributed.array_exchange import Arrays
 from common.distributed.topology import Topology
 
 ALONE = Topology(0, 1, 0, 1)
@@ -24,6 +25,12 @@ class OneRank:
 
     def broadcast_object(self, value: Any) -> Any:
         return value
+
+    def allgather_object(self, value: Any) -> list[Any]:
+        return [value]
+
+    def exchange_arrays(self, outgoing: Sequence[Arrays]) -> Sequence[Arrays]:
+        return outgoing
 
     def shutdown(self) -> None: ...
 

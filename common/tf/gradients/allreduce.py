@@ -82,7 +82,7 @@ class AllreduceSync(Allreduce):
         Args:
             gradients: the gradients of `loss` times the loss scale.
             loss: () this rank's part of the mean loss over the global batch.
-            stop: () bool, whether this rank was asked to stop.
+            stop: () this rank's notice to the others (common/training/preemption.py).
             local_batch_fraction: () this rank's fraction of the examples of the global batch; needed for the noise
                 scale and adasum.
         """

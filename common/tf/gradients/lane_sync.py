@@ -67,7 +67,7 @@ class LaneSync(CountedSync):
             lane: the lane's number.
             gradients: the gradients of `loss` times the loss scale.
             loss: () the lane's part of the mean loss over the global batch.
-            stop: () bool, whether this rank was asked to stop.
+            stop: () this rank's notice to the others (common/training/preemption.py).
             fraction: () the lane's fraction of the examples of the global batch.
         """
         for tree, message in zip(self._sums, self._pack(list(gradients), loss, stop, fraction), strict=True):

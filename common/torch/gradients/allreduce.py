@@ -89,13 +89,13 @@ class AllreduceSync(Allreduce):
         self._exchange.buffers.scalars.zero_()
 
     def prepare_for_backward(
-        self, loss: Tensor | float = 0.0, stop: bool = False, local_batch_fraction: float = 0.0, scale: float = 1.0
+        self, loss: Tensor | float = 0.0, stop: float = 0.0, local_batch_fraction: float = 0.0, scale: float = 1.0
     ) -> None:
         """Lets the next backward, the last one of the step, send each bucket as soon as its gradients are finished.
 
         Args:
             loss: this rank's part of the mean loss over the global batch.
-            stop: whether this rank was asked to stop.
+            stop: this rank's notice to the others (common/training/preemption.py).
             local_batch_fraction: this rank's fraction of the examples of the global batch; needed for the noise scale
                 and adasum.
             scale: factor on this rank's gradients before they are summed.

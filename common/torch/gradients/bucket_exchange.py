@@ -86,10 +86,10 @@ class BucketExchange:
         """All gradients: one tensor per bucket, or one per parameter if there are no buckets."""
         return self.buffers.values or [each.grad for each in self.parameters if each.grad is not None]
 
-    def begin(self, loss: Tensor | float, stop: bool, local_batch_fraction: float, scale: float) -> None:
+    def begin(self, loss: Tensor | float, stop: float, local_batch_fraction: float, scale: float) -> None:
         """Lets the next backward send each bucket; for the arguments see AllreduceSync.prepare_for_backward()."""
         scalars = self.buffers.scalars
-        scalars[0], scalars[1] = loss, float(stop)
+        scalars[0], scalars[1] = loss, stop
         if self._options.finds_nonfinite:
             scalars[3] += float(not math.isfinite(loss))
         self._local_batch_fraction, self._scale = local_batch_fraction, scale

@@ -51,19 +51,19 @@ class LaneSync(CountedSync):
         self._clear()
         self._sums = [self._tree() for _ in self.buckets]
 
-    def end_lane(self, lane: int, loss: Tensor | float, stop: bool, fraction: float) -> None:
+    def end_lane(self, lane: int, loss: Tensor | float, stop: float, fraction: float) -> None:
         """Takes the gradients of a lane, after its backward; the lanes of a rank come in order.
 
         Args:
             lane: the lane's number.
             loss: the lane's part of the mean loss over the global batch.
-            stop: whether this rank was asked to stop.
+            stop: this rank's notice to the others (common/training/preemption.py).
             fraction: the lane's fraction of the examples of the global batch; 0: it has none, and ran no backward.
         """
         buffers, scalars = self._buffers, self._buffers.scalars
         buffers.mark_present()
         buffers.adopt_all()
-        scalars[0], scalars[1] = loss, float(stop)
+        scalars[0], scalars[1] = loss, stop
         scalars[3] = self._scaler.unscale(buffers.values)
         if self.options.finds_nonfinite:
             scalars[3] += float(not torch.as_tensor(loss).isfinite())

@@ -75,7 +75,7 @@ class ServedSync(CountedSync):
             parameter.grad = None
 
     def prepare_for_backward(
-        self, loss: Tensor | float = 0.0, stop: bool = False, local_batch_fraction: float = 0.0
+        self, loss: Tensor | float = 0.0, stop: float = 0.0, local_batch_fraction: float = 0.0
     ) -> None:
         """Takes the scalars of the step; for the arguments see AllreduceSync."""
         self._loss, self._stop = float(loss), float(stop)

@@ -18,12 +18,24 @@ from torch import Tensor, nn
 
 
 class State:
-    """The state of a model, its optimizer and its gradients: the State of common/training/checkpoint.py."""
+    """The state of a model, its optimizer and its gradients: the State of common/training/checkpoint.py.
+
+    Args:
+        stage: the model.
+        optimizer: its optimizer.
+        gradients: sums its gradients.
+        on_all_ranks: whether all ranks get copies of the state, not only rank 0; only without stages.
+    """
 
     def __init__(
-        self, stage: Stage, optimizer: torch.optim.Optimizer | ShardedOptimizer, gradients: GradientSync
+        self,
+        stage: Stage,
+        optimizer: torch.optim.Optimizer | ShardedOptimizer,
+        gradients: GradientSync,
+        on_all_ranks: bool = False,
     ) -> None:
         self._stage, self._optimizer, self._gradients = stage, optimizer, gradients
+        self._has_copies = on_all_ranks or stage.topology.leads_group
 
     def weights(self) -> Arrays:
         """The weights by name; names of layer i of the model begin with "i."."""
@@ -97,8 +109,8 @@ class State:
 
     def _of_all_stages(self, tensors: Mapping[str, Tensor]) -> Arrays:
         """Copies of the tensors of all stages on rank 0, from the first rank of each stage."""
-        topology = self._stage.topology
-        return of_all_stages(_copies(tensors) if topology.leads_group else {}, topology, runtime.exchange_arrays)
+        arrays = _copies(tensors) if self._has_copies else {}
+        return of_all_stages(arrays, self._stage.topology, runtime.exchange_arrays)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
