@@ -22,6 +22,7 @@ PACKAGE = Path(__file__).parent.parent
 # In a wheel, conf/ is inside the package: a folder conf/ next to the package could belong to another project.
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
 _SHORT = re.compile(r"^(resume)=")
+_QUOTED = re.compile(r"^(chaos)=([^'\"]+)$")  # its signs mean something else to Hydra
 LABELS = (".name", ".dtype", ".compute_dtype")  # keys that describe an option and would be wrong if set alone
 
 _SCHEMAS: dict[str, dict[str, type]] = {
@@ -124,7 +125,7 @@ def compose(task: str, overrides: Sequence[str]) -> RunConfig:
     """
     _register_schemas()
     problems, overrides = hints.split_flags(overrides)
-    overrides = [_SHORT.sub(r"\1.source=", override) for override in overrides]
+    overrides = [_QUOTED.sub(r"\1='\2'", _SHORT.sub(r"\1.source=", override)) for override in overrides]
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         problems |= {override: problem for override in overrides if (problem := _refused(task, override))}
         sound = [override for override in overrides if override not in problems]

@@ -471,6 +471,8 @@ class RunConfig:
     """The whole configuration of a recipe."""
 
     seed: int = MISSING
+    chaos: str = MISSING
+    """Failures that are made on purpose, such as kill:rank=1,step=120; empty: none (docs/runs.md)."""
     elastic: bool = MISSING
     """Whether ranks may leave and join (horovodrun --min-np)."""
     resume: ResumeConfig = MISSING

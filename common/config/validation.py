@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from common.config import failures
 from common.config.layout import arranged
 from common.config.schema import (
     PIPELINE_SCHEDULES,
@@ -117,6 +118,7 @@ def validate(cfg: RunConfig, topology: Topology) -> Topology:
         *_compression_problems(cfg, topology),
         *_data_problems(cfg.data),
         *_resume_problems(cfg, topology),
+        *_chaos_problems(cfg),
         *(_run_folder_problems(cfg) if topology.rank == 0 else ()),
     ]
     if problems:
@@ -343,6 +345,13 @@ def _batch_schedule_problems(cfg: TrainConfig, topology: Topology) -> Iterator[s
         )
     if 0 < cfg.max_batch_size < cfg.global_batch_size:
         yield f"train.max_batch_size={cfg.max_batch_size}: must be 0 or at least train.global_batch_size"
+
+
+def _chaos_problems(cfg: RunConfig) -> Iterator[str]:
+    try:
+        failures.parse(cfg.chaos)
+    except ConfigError as error:
+        yield from error.problems
 
 
 def _resume_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:

@@ -171,6 +171,15 @@ class Engine:
         self._seed = seed, step
         runtime.seed(seed, self.stage.topology.rank, step)
 
+    @torch.no_grad()
+    def replace_weight(self, number: int, value: float) -> float:
+        """Sets a value of this rank's first weight, by its number modulo their number; returns the old one."""
+        flat = next(self.stage.parameters()).view(-1)
+        place = number % len(flat)
+        before = float(flat[place])
+        flat[place] = value
+        return before
+
     def assert_weights_in_sync(self) -> str:
         """Checks that ranks with the same stage hold the same weights, bit by bit; returns a SHA-256 of all weights.
 

@@ -33,7 +33,7 @@ Exchange = Callable[[Sequence[Arrays]], Sequence[Arrays]]
 RESUME_MAY_CHANGE = (
     *("resume.", "run.", "parallel.", "optimizer.sharded", "data."),
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.on_nonfinite"),
-    *("train.commit_every", "elastic"),
+    *("train.commit_every", "elastic", "chaos"),
 )
 RESUME_MUST_MATCH = ("data.balance", "data.max_shift", "data.max_rotation")
 

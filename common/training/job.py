@@ -17,6 +17,7 @@ from common.distributed.consensus import Runtime
 from common.gradients.gradient_sync import GradientSync
 from common.gradients.step_metrics import StepMetrics
 from common.training import provenance
+from common.training.chaos import Chaos
 from common.training.checkpoint import Checkpoints, State
 from common.training.elastic import check_launch, membership
 from common.training.lr_schedule import learning_rate
@@ -43,6 +44,9 @@ class Engine(Protocol):
 
     def seed_dropout(self, seed: int, step: int) -> None:
         """Seeds the random numbers of a step."""
+
+    def replace_weight(self, number: int, value: float) -> float:
+        """Sets a value of this rank's weights; returns the old one."""
 
 
 class Job(ABC, Generic[E]):
@@ -147,7 +151,9 @@ class Run(Generic[E]):
 
     def batches(self) -> Iterator[tuple[Step, Any]]:
         """Yields the steps of the run, each with this rank's part of the global batch, which is read ahead."""
+        chaos = Chaos(self._cfg, self._sampler.topology, self._engine)
         for step, arrays in self._log.steps(self._examples):
+            chaos.before(step.number)
             self._engine.seed_dropout(self._cfg.seed, step.number)
             yield step, self._engine.to_batch(arrays, step.global_size)
 

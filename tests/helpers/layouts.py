@@ -48,6 +48,7 @@ RESUMED = {
 }
 # Has another curve than the others.
 NOT_WAITING = [*_SERVER, "parallel.mode=async", "parallel.max_staleness=4", "compression=int8", "train.max_steps=150"]
+NOT_WAITING += ["chaos=slow:rank=2,seconds=0.01"]
 # Stages that skip a step, and compress.
 COMPRESSED_STAGES = [
     *("model.hidden_sizes=[32,32,32]", "train.global_batch_size=60", "train.log_every=1", "train.max_steps=40"),
