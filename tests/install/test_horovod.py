@@ -159,6 +159,12 @@ def test_an_elastic_job_survives_a_killed_rank(tmp_path: Path) -> None:
     assert (result.returncode, "1 rank counted to 20" in result.stdout) == (0, True), result.stdout
 
 
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_rank_that_noticed_a_lost_one_does_not_keep_others_waiting(framework: str, tmp_path: Path) -> None:
+    result = horovodrun(3, "-m", "tests.helpers.left_job", framework, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rank-0", "rank-1"], result.stdout
+
+
 def test_ranks_run_a_function_of_a_program() -> None:
     result = run([sys.executable, "-m", "tests.helpers.run_function"])
     assert "static [3, 13]\nelastic [5, 15]\n" in result.stdout, result.stdout
