@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -62,12 +63,24 @@ def horovodrun(
     return run([*launcher, sys.executable, *arguments], timeout, env, cwd)
 
 
-def elastic_options(folder: Path, min_ranks: int) -> list[str]:
-    """The launcher's options of an elastic job on two names for this host, as one that lost a rank is used no more."""
-    hosts = folder / "hosts.sh"
-    hosts.write_text("#!/bin/sh\necho localhost:1\necho 127.0.0.1:1\n")
-    hosts.chmod(0o755)
-    return ["--min-np", str(min_ranks), "--network-interfaces", "lo", "--host-discovery-script", str(hosts)]
+# Names for this host: each counts as a host of its own.
+HOSTS = ("localhost", "127.0.0.1", socket.gethostname())
+
+
+def elastic_options(folder: Path, min_ranks: int, num_hosts: int = 2) -> list[str]:
+    """The launcher's options of an elastic job on hosts of one rank each; one that lost its rank is used no more."""
+    script = folder / "hosts.sh"
+    script.write_text(f"#!/bin/sh\ncat {folder}/hosts\n")
+    script.chmod(0o755)
+    set_hosts(folder, num_hosts)
+    return ["--min-np", str(min_ranks), "--network-interfaces", "lo", "--host-discovery-script", str(script)]
+
+
+def set_hosts(folder: Path, num_hosts: int) -> None:
+    """Lets the launcher of an elastic job find so many hosts from now on."""
+    unfinished = folder / "hosts.unfinished"
+    unfinished.write_text("".join(f"{host}:1\n" for host in HOSTS[:num_hosts]))
+    unfinished.rename(folder / "hosts")
 
 
 def kill_when(

@@ -1,56 +1,130 @@
-"""Ranks that leave and join: an elastic run ends with the bits of a run that nobody disturbed."""
+"""Ranks that leave and join: an elastic run ends as a run that nobody disturbed."""
 
 import json
+import os
+import random
+import threading
+import time
 from pathlib import Path
 
 from common.data import example_log
-from tests.helpers.launch import FRAMEWORKS, elastic_options, horovodrun
+from tests.helpers.launch import FRAMEWORKS, elastic_options, horovodrun, set_hosts
 from tests.helpers.runs import SMALL
 
 import pytest
 
-RUNS = {
-    "mnist_mlp": ["train.max_steps=75", "train.lanes=4", "train.commit_every=7", "train.checkpoint_every=30"],
-}
+# With `make elastic`: how many runs with random losses there are of each kind.
+NUM_RUNS = int(os.environ.get("ELASTIC_RUNS", "0"))
+long = pytest.mark.skipif(not NUM_RUNS, reason="takes an hour: make elastic")
+NUM_STEPS = 75
+COMMON = [f"train.max_steps={NUM_STEPS}", "train.log_every=1", "data.ledger=true", "train.commit_every=7"]
 # Rank 0 is lost at once; when another rank has joined, it is lost, too. Steps take long enough for that.
-CHAOS = "chaos=kill:rank=0,step=5;kill:rank=1,step=68;slow:seconds=0.15"
+CHAOS = "kill:rank=0,step=5;kill:rank=1,step=68;slow:seconds=0.15"
 
 
-def options(folder: Path) -> list[str]:
-    """Two names for this host; a host whose rank was lost is used again after two seconds."""
-    return [*elastic_options(folder, 1), "--max-np", "2", "--blacklist-cooldown-range", "1", "2"]
+def elastic_job(module: str, folder: Path, *overrides: str, num_ranks: int = 2, timeout: float = 120) -> str:
+    """The output of an elastic run; a host whose rank was lost is used again after two seconds."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    hosts = ["--max-np", str(num_ranks), "--blacklist-cooldown-range", "1", "2"]
+    options = [*elastic_options(folder.parent, 1, num_ranks), *hosts]
+    words = ["-m", module, "elastic=true", f"run.dir={folder}", *overrides]
+    job = horovodrun(num_ranks, *words, options=options, timeout=timeout)
+    assert job.returncode == 0, job.stdout
+    return job.stdout
 
 
-def outcome(folder: Path) -> tuple[str, float]:
-    """The SHA-256 of the final weights, and the test loss."""
-    summary = json.loads((folder / "summary.json").read_text())
-    return summary["weights_sha256"], summary["test_loss"]
+def plain_job(module: str, folder: Path, *overrides: str) -> None:
+    """A run that nobody disturbs."""
+    job = horovodrun(2, "-m", module, f"run.dir={folder}", *overrides)
+    assert job.returncode == 0, job.stdout
+
+
+def summary(folder: Path) -> dict[str, float | str]:
+    """What a run ended with."""
+    content: dict[str, float | str] = json.loads((folder / "summary.json").read_text())
+    return content
+
+
+def check_records(folder: Path, num_steps: int = NUM_STEPS) -> None:
+    """Checks that each step is logged once, and that the ledger has each example once."""
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if "train_loss" in event] == list(range(1, num_steps + 1))
+    for is_right, line in example_log.check(folder):
+        assert is_right, line
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-@pytest.mark.parametrize("task", RUNS)
-def test_lost_ranks_and_new_ones_change_no_bit(task: str, framework: str, tmp_path: Path) -> None:
-    module, whole, disturbed = f"recipes.{task}_{framework}", tmp_path / "whole", tmp_path / "disturbed"
-    overrides = [*SMALL[task], *RUNS[task], "train.reproducible=true", "train.log_every=1", "data.ledger=true"]
-    job = horovodrun(2, "-m", module, *overrides, f"run.dir={whole}")
-    assert job.returncode == 0, job.stdout
-    job = horovodrun(
-        2, "-m", module, *overrides, CHAOS, "elastic=true", f"run.dir={disturbed}", options=options(tmp_path)
-    )
-    assert job.returncode == 0, job.stdout
-    assert "a rank is lost: going on" in job.stdout
-    assert "ranks join or leave: going on" in job.stdout, job.stdout
-    assert outcome(disturbed) == outcome(whole)
-    lines = [json.loads(line) for line in (disturbed / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "train_loss" in line] == list(range(1, 76))
-    for is_right, line in example_log.check(disturbed):
-        assert is_right, line
+def test_lost_ranks_and_new_ones_change_no_bit(framework: str, tmp_path: Path) -> None:
+    module, whole, disturbed = f"recipes.mnist_mlp_{framework}", tmp_path / "whole", tmp_path / "disturbed"
+    overrides = [*SMALL["mnist_mlp"], *COMMON, "train.reproducible=true", "train.lanes=4", "train.checkpoint_every=30"]
+    plain_job(module, whole, *overrides)
+    output = elastic_job(module, disturbed, *overrides, f"chaos={CHAOS}")
+    assert "a rank is lost: going on" in output
+    assert "ranks join or leave: going on" in output
+    for name in ("weights_sha256", "test_loss"):
+        assert summary(disturbed)[name] == summary(whole)[name]
+    check_records(disturbed)
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_elastic_runs_need_an_elastic_launcher(framework: str, tmp_path: Path) -> None:
     job = horovodrun(2, "-m", f"recipes.mnist_mlp_{framework}", "elastic=true")
     assert (job.returncode, "elastic=true: ranks can leave and join only under" in job.stdout) == (2, True), job.stdout
-    job = horovodrun(2, "-m", f"recipes.mnist_mlp_{framework}", options=options(tmp_path))
+    job = horovodrun(2, "-m", f"recipes.mnist_mlp_{framework}", options=elastic_options(tmp_path, 1))
     assert "elastic=false: horovodrun was started with --min-np" in job.stdout
     assert job.returncode == 2, job.stdout
+
+
+@long
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("task", ["mnist_cnn", "transformer_lm"])
+def test_ranks_are_lost_at_random_steps(task: str, framework: str, num_ranks: int, tmp_path: Path) -> None:
+    module, overrides = f"recipes.{task}_{framework}", [*SMALL[task], *COMMON]
+    plain_job(module, tmp_path / "whole", *overrides)
+    expected = summary(tmp_path / "whole")
+    for number in range(NUM_RUNS):
+        draw = random.Random(f"{task} {framework} {num_ranks} {number}")
+        kills = [f"kill:rank={draw.randrange(num_ranks)},step={draw.randrange(2, NUM_STEPS)}" for _ in range(3)]
+        folder, chaos = tmp_path / str(number) / "run", f"chaos={';'.join(kills)};slow:seconds=0.05"
+        elastic_job(module, folder, *overrides, chaos, num_ranks=num_ranks)
+        for name in ("train_loss", "test_loss"):
+            assert summary(folder)[name] == pytest.approx(expected[name], rel=1e-5), chaos
+        check_records(folder)
+
+
+@long
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_hundred_ranks_are_lost(framework: str, tmp_path: Path) -> None:
+    module, folder = f"recipes.mnist_mlp_{framework}", tmp_path / "disturbed"
+    overrides = [*SMALL["mnist_mlp"], "train.epochs=1000", "train.max_steps=8000", "data.ledger=true"]
+    plain_job(module, tmp_path / "whole", *overrides)
+    # A rank that is alone is spared, so that more are to be killed than are.
+    kills = ";".join(f"kill:rank={step // 20 % 2},step={step}" for step in range(20, 8000, 20))
+    output = elastic_job(module, folder, *overrides, f"chaos={kills};slow:seconds=0.1", timeout=3000)
+    assert output.count("Killed") >= 100
+    for name in ("train_loss", "test_loss"):
+        assert summary(folder)[name] == pytest.approx(summary(tmp_path / "whole")[name], rel=1e-5)
+    for is_right, line in example_log.check(folder):
+        assert is_right, line
+
+
+@long
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_hosts_come_and_go(framework: str, tmp_path: Path) -> None:
+    module, overrides = f"recipes.mnist_mlp_{framework}", [*SMALL["mnist_mlp"], *COMMON]
+    plain_job(module, tmp_path / "whole", *overrides)
+    hosts = tmp_path / "elastic"
+
+    def change() -> None:
+        for num_hosts in (1, 2, 3, 1, 3, 2):
+            set_hosts(hosts, num_hosts)
+            time.sleep(6)
+
+    changing = threading.Timer(3, change)
+    changing.start()
+    output = elastic_job(module, hosts / "run", *overrides, "chaos=slow:seconds=0.5", num_ranks=3)
+    changing.join()
+    assert {f"{number} rank" for number in (1, 2, 3) if f": {number} rank" in output} == {"1 rank", "2 rank", "3 rank"}
+    assert summary(hosts / "run")["test_loss"] == pytest.approx(summary(tmp_path / "whole")["test_loss"], rel=1e-5)
+    check_records(hosts / "run")
