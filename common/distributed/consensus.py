@@ -39,6 +39,9 @@ class Runtime(Protocol):
     def shutdown(self) -> None:
         """Ends Horovod on all ranks."""
 
+    def listen_to_launcher(self, listener: Any) -> None:
+        """Lets an elastic launcher call listener.on_hosts_updated(timestamp, change) when hosts come or go."""
+
     def is_lost_rank(self, error: BaseException) -> bool:
         """Whether the error means that another rank has exited."""
 

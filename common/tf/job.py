@@ -44,4 +44,4 @@ class Job(job.Job[Engine]):
         return Engine(stage, gradients, optimizer, cfg.precision)
 
     def _state(self, engine: Engine) -> State:
-        return State(engine.stage, engine.optimizer, engine.gradients)
+        return State(engine.stage, engine.optimizer, engine.gradients, on_all_ranks=self.cfg.elastic)

@@ -23,6 +23,7 @@ from common.gradients.step_metrics import StepMetrics
 from common.training import checkpoint_files, preemption, provenance, run_lock
 from common.training.checkpoint_files import GRADIENTS, MEMORY, Checkpoint
 from common.training.elastic import RanksChanged, membership
+from common.training.goodput import goodput
 
 import numpy as np
 
@@ -155,11 +156,13 @@ class Checkpoints:
         is_commit = self._cfg.elastic and (is_due or is_change or _divides(train.commit_every, step.number))
         if not is_due and not is_commit:
             return
-        arrays = self._state.weights(), self._state.optimizer_state(), self._state.gradients()
-        if is_commit:
-            membership.commit = Checkpoint(MEMORY, *arrays, self._state_at(step, sampler))
-        if is_due:
-            self._save(step, arrays, sampler, is_last=is_over or is_stop)
+        with goodput.losing("checkpoint"):
+            arrays = self._state.weights(), self._state.optimizer_state(), self._state.gradients()
+            if is_commit:
+                membership.commit = Checkpoint(MEMORY, *arrays, self._state_at(step, sampler))
+                goodput.committed(step.number)
+            if is_due:
+                self._save(step, arrays, sampler, is_last=is_over or is_stop)
         if is_stop:
             raise Stopped(
                 f"stopped at step {step.number}, as asked by a signal; the same command with "

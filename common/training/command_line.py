@@ -56,7 +56,7 @@ def _trained(train: Callable[[Any], Any], task: str, runtime: Runtime, words: Se
     topology = _started(runtime, *_needed_at_start(task, overrides))
     try:
         if elastic.is_launched():
-            membership.listen()
+            membership.listen(runtime)
         with runtime.raise_on_all_ranks():
             cfg = compose(task, overrides)
         if len(overrides) < len(words):

@@ -13,6 +13,7 @@ from common.distributed.consensus import Runtime
 from common.errors import ConfigError
 from common.training import preemption
 from common.training.checkpoint_files import MEMORY, Checkpoint
+from common.training.goodput import goodput
 
 HOW = "horovodrun -np 2 --min-np 1 --host-discovery-script FILE"
 
@@ -27,22 +28,17 @@ class Membership:
     Attributes:
         commit: the last commit.
         folder: the run's folder.
-        num_restarts: how often this process has started again with other ranks.
     """
 
     def __init__(self) -> None:
         self.commit: Checkpoint | None = None
         self.folder: str | None = None
-        self.num_restarts = 0
         self._is_listening = False
 
-    def listen(self) -> None:
+    def listen(self, runtime: Runtime) -> None:
         """Lets the launcher announce that ranks will leave or join."""
-        from horovod.common.elastic import notification_manager  # it starts a server
-
         if not self._is_listening:
-            notification_manager.init()
-            notification_manager.register_listener(self)
+            runtime.listen_to_launcher(self)
             self._is_listening = True
         preemption.announce_change(False)
 
@@ -52,6 +48,8 @@ class Membership:
 
     def newest(self, runtime: Runtime, rank: int) -> Checkpoint | None:
         """The newest commit of any rank, on rank 0; None on the others, and if there is none. All ranks call it."""
+        times = runtime.allgather_object(goodput.state())
+        goodput.take_over(max(times, key=lambda each: each["seconds"]))
         mine = self.commit
         steps = runtime.allgather_object(mine.state["position"]["step"] if mine else -1)
         source = steps.index(max(steps))

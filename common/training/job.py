@@ -20,6 +20,7 @@ from common.training import provenance
 from common.training.chaos import Chaos
 from common.training.checkpoint import Checkpoints, State
 from common.training.elastic import check_launch, membership
+from common.training.goodput import goodput
 from common.training.lr_schedule import learning_rate
 from common.training.run_log import RunLog, new_folder
 
@@ -152,6 +153,7 @@ class Run(Generic[E]):
     def batches(self) -> Iterator[tuple[Step, Any]]:
         """Yields the steps of the run, each with this rank's part of the global batch, which is read ahead."""
         chaos = Chaos(self._cfg, self._sampler.topology, self._engine)
+        goodput.begin(self._sampler.start.step)
         for step, arrays in self._log.steps(self._examples):
             chaos.before(step.number)
             self._engine.seed_dropout(self._cfg.seed, step.number)
@@ -168,6 +170,7 @@ class Run(Generic[E]):
             local, whole = float(metrics.local_grad_sqnorm), float(metrics.global_grad_sqnorm)
             self._sampler.observe_gradients(step, local, whole)
         self._log.record(step, learning_rate(step, self._cfg), metrics)
+        goodput.end_step(step.number)
 
     def log(self, step: Step, **values: float) -> None:
         """Logs values that are the same on all ranks."""

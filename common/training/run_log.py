@@ -33,6 +33,7 @@ from common.gradients.bucketing import Bucket
 from common.gradients.step_metrics import StepMetrics
 from common.training import metrics_file, run_lock
 from common.training.elastic import membership
+from common.training.goodput import goodput
 from common.training.progress import Progress
 from common.training.step_statistics import StepStatistics
 from common.training.tensorboard import ScalarWriter
@@ -193,6 +194,7 @@ class RunLog:
             **self._statistics.bytes_per_step(buckets, len(topology.group)),
             "weights_sha256": weights_sha256,
             **measures,
+            "goodput": goodput.summary(),
             **self._last,
             "completed": True,
         }
@@ -200,6 +202,8 @@ class RunLog:
             unfinished = self.folder / "summary.json.unfinished"
             unfinished.write_text(json.dumps(summary, indent=2) + "\n")
             unfinished.rename(self.folder / "summary.json")
+            if self._cfg.elastic:
+                self._progress.say(goodput.text())
             results = "  ".join(f"{name} {value:.4g}" for name, value in self._last.items() if name.startswith("test_"))
             self._progress.say(f"done in {summary['wall_seconds']:.1f} s: {results}  {self.folder}")
             run_lock.let_go(self.folder)

@@ -8,6 +8,7 @@ from typing import Any
 from common.data.datasets.examples import Batch
 from common.data.sampler import Step
 from common.gradients.bucketing import Bucket, allreduce_bytes
+from common.training.goodput import goodput
 
 
 class StepStatistics:
@@ -35,7 +36,8 @@ class StepStatistics:
         while True:
             start = time.perf_counter()
             try:
-                step, batch = next(steps)
+                with goodput.losing("waiting"):
+                    step, batch = next(steps)
             except StopIteration:
                 return
             waited = time.perf_counter()

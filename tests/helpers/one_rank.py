@@ -34,5 +34,7 @@ class OneRank:
 
     def shutdown(self) -> None: ...
 
+    def listen_to_launcher(self, listener: Any) -> None: ...
+
     def is_lost_rank(self, error: BaseException) -> bool:
         return False

@@ -43,6 +43,7 @@ DIFFERENCES = {
     "gradients/loss_scaler.py LossScaler.*": IN_PLACE,
     "gradients/norms.py squared_norm": "squares of the accurate norm serve in PyTorch",
     "gradients/stage_sums.py StageSums.sum_tied": IN_PLACE,
+    "gradients/lane_sync.py LaneSync.*": "as AllreduceSync",
     "gradients/optimizers.py [AS]*": OWN_CLASS,
     "gradients/optimizers.py *": "PyTorch's optimizers keep their state by parameter, Keras' in lists",
     "models/*": OWN_CLASS,

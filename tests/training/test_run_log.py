@@ -47,6 +47,9 @@ def test_rank_zero_leaves_the_files_of_the_contract(tmp_path: Path, capsys: pyte
     summary = json.loads((tmp_path / "summary.json").read_text())
     measured = {"wall_seconds", "examples_per_second", "step_seconds_median", "data_wait_share"}
     assert all(summary.pop(name) > 0 for name in measured)
+    lost = summary.pop("goodput")
+    assert 0 < lost["useful_share"] <= 1
+    assert (lost["restarts"], lost["replayed_steps"]) == (0, 0)
     assert summary == {
         "recipe": "some_recipe_torch",
         "framework": "torch",

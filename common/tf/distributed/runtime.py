@@ -18,6 +18,7 @@ import horovod.tensorflow as hvd
 import keras
 import numpy as np
 import tensorflow as tf
+from horovod.common.elastic import notification_manager
 from horovod.common.exceptions import HorovodInternalError
 
 _process_sets: dict[tuple[int, ...], hvd.ProcessSet] = {}
@@ -223,6 +224,12 @@ def assert_weights_in_sync(model: keras.Model, groups: Sequence[Sequence[int]] |
     return consensus.assert_weights_in_sync_in_groups(
         digest.hexdigest(), groups or [range(hvd.size())], allgather_object
     )
+
+
+def listen_to_launcher(listener: Any) -> None:
+    """Lets an elastic launcher call listener.on_hosts_updated(timestamp, change) when hosts come or go."""
+    notification_manager.init()
+    notification_manager.register_listener(listener)
 
 
 def is_lost_rank(error: BaseException) -> bool:

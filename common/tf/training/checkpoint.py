@@ -23,20 +23,36 @@ _AXES = {2: (1, 0), 4: (3, 2, 0, 1)}
 
 
 class State:
-    """The state of a model, its optimizer and its gradients: the State of common/training/checkpoint.py."""
+    """The state of a model, its optimizer and its gradients: the State of common/training/checkpoint.py.
 
-    def __init__(self, stage: Stage, optimizer: keras.Optimizer | ShardedOptimizer, gradients: Sync) -> None:
+    Args:
+        stage: the model.
+        optimizer: its optimizer.
+        gradients: sums its gradients.
+        on_all_ranks: whether all ranks get copies of the state, not only rank 0; only without stages.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        optimizer: keras.Optimizer | ShardedOptimizer,
+        gradients: Sync,
+        on_all_ranks: bool = False,
+    ) -> None:
         self._stage, self._optimizer, self._gradients = stage, optimizer, gradients
+        self._has_copies = on_all_ranks or stage.topology.leads_group
 
     def weights(self) -> Arrays:
         """The weights by name; names of layer i of the model begin with "i."."""
         self._gradients.sync_weights()
-        weights = _copies(self._stage, self._stage.trainable_variables)
+        weights = _copies(self._stage, self._stage.trainable_variables) if self._has_copies else {}
         return of_all_stages(weights, self._stage.topology, runtime.exchange_arrays)
 
     def optimizer_state(self) -> Arrays:
         """The optimizer's state by name, on rank 0."""
-        return of_all_stages(self._optimizer_state(), self._stage.topology, runtime.exchange_arrays)
+        is_sharded = isinstance(self._optimizer, ShardedOptimizer)  # whose ranks must all take part
+        arrays = self._optimizer_state() if self._has_copies or is_sharded else {}
+        return of_all_stages(arrays, self._stage.topology, runtime.exchange_arrays)
 
     def gradients(self) -> Arrays:
         """The state of compressors and the loss scale, on rank 0; rank-local states as sums over the ranks."""
@@ -52,7 +68,7 @@ class State:
                 place: tf.reshape(part, tensors_of[place].shape) for place, part in zip(summed, parts, strict=True)
             }
         arrays = {"counters": np.array(self._gradients.counters(), np.float64)}
-        for (kind, index), tensor in tensors_of.items():
+        for (kind, index), tensor in tensors_of.items() if self._has_copies else ():
             name, axes = self._place(kind, index)
             arrays[f"{name}.{kind}"] = np.ascontiguousarray(tensor.numpy().transpose(axes))
         return of_all_stages(arrays, self._stage.topology, runtime.exchange_arrays)

@@ -16,6 +16,7 @@ from common.distributed.topology import Topology
 import horovod.torch as hvd
 import numpy as np
 import torch
+from horovod.common.elastic import notification_manager
 from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor, nn
 
@@ -261,6 +262,12 @@ def assert_weights_in_sync(model: nn.Module, groups: Sequence[Sequence[int]] | N
     return consensus.assert_weights_in_sync_in_groups(
         digest.hexdigest(), groups or [range(hvd.size())], allgather_object
     )
+
+
+def listen_to_launcher(listener: Any) -> None:
+    """Lets an elastic launcher call listener.on_hosts_updated(timestamp, change) when hosts come or go."""
+    notification_manager.init()
+    notification_manager.register_listener(listener)
 
 
 def is_lost_rank(error: BaseException) -> bool:
