@@ -78,8 +78,8 @@ class Chaos:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def _freeze(self, failure: Failure, random: np.random.Generator) -> None:
-        subprocess.Popen(["sh", "-c", f"sleep {failure.seconds}; kill -CONT {os.getpid()}"])
-        os.kill(os.getpid(), signal.SIGSTOP)
+        with subprocess.Popen(["sh", "-c", f"sleep {failure.seconds}; kill -CONT {os.getpid()}"]):
+            os.kill(os.getpid(), signal.SIGSTOP)
 
     def _slow(self, failure: Failure, random: np.random.Generator) -> None:
         time.sleep(failure.seconds)
