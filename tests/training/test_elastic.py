@@ -80,7 +80,9 @@ def test_elastic_runs_need_an_elastic_launcher(framework: str, tmp_path: Path) -
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("task", ["mnist_cnn", "transformer_lm"])
 def test_ranks_are_lost_at_random_steps(task: str, framework: str, num_ranks: int, tmp_path: Path) -> None:
-    module, overrides = f"recipes.{task}_{framework}", [*SMALL[task], *COMMON]
+    # With the usual learning rate, rounding alone changes the curve of this small model by 0.004 after 45 steps.
+    calm = ["optimizer.lr=0.001"] if task == "transformer_lm" else []
+    module, overrides = f"recipes.{task}_{framework}", [*SMALL[task], *COMMON, *calm]
     plain_job(module, tmp_path / "whole", *overrides)
     expected = summary(tmp_path / "whole")
     for number in range(NUM_RUNS):
