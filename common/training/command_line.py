@@ -92,6 +92,7 @@ def _trained(train: Callable[[Any], Any], task: str, runtime: Runtime, words: Se
             sys.exit(1)
         _say(topology, "a rank is lost")
     checkpoint.finish_writing()
+    preemption.announce_change(False)  # what is announced from now on may not be known to the next start
     runtime.shutdown()
     return False
 

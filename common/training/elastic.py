@@ -40,7 +40,6 @@ class Membership:
         if not self._is_listening:
             runtime.listen_to_launcher(self)
             self._is_listening = True
-        preemption.announce_change(False)
 
     def on_hosts_updated(self, timestamp: int, change: int) -> None:
         """Called by Horovod when the launcher has found other hosts."""

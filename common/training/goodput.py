@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 CAUSES = ("restart", "replay", "checkpoint", "waiting")
+MOST_STEPS = 1000  # whose ends are kept, where there are no commits
 
 
 class Goodput:
@@ -46,6 +47,8 @@ class Goodput:
             self.lost["restart"] += now - self._last_end
             self._is_restarting = False
         self._last_end = self._ends[step] = now
+        if len(self._ends) > MOST_STEPS:
+            del self._ends[next(iter(self._ends))]
 
     @contextmanager
     def losing(self, cause: str) -> Iterator[None]:

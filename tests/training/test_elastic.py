@@ -22,14 +22,16 @@ COMMON = [f"train.max_steps={NUM_STEPS}", "train.log_every=1", "data.ledger=true
 CHAOS = "kill:rank=0,step=5;kill:rank=1,step=68;slow:seconds=0.15"
 
 
-def elastic_job(module: str, folder: Path, *overrides: str, num_ranks: int = 2, timeout: float = 120) -> str:
+def elastic_job(
+    module: str, folder: Path, *overrides: str, num_ranks: int = 2, timeout: float = 120, succeeds: bool = True
+) -> str:
     """The output of an elastic run; a host whose rank was lost is used again after two seconds."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     hosts = ["--max-np", str(num_ranks), "--blacklist-cooldown-range", "1", "2"]
     options = [*elastic_options(folder.parent, 1, num_ranks), *hosts]
     words = ["-m", module, "elastic=true", f"run.dir={folder}", *overrides]
     job = horovodrun(num_ranks, *words, options=options, timeout=timeout)
-    assert job.returncode == 0, job.stdout
+    assert (job.returncode == 0) == succeeds, job.stdout
     return job.stdout
 
 
@@ -64,6 +66,10 @@ def test_lost_ranks_and_new_ones_change_no_bit(framework: str, tmp_path: Path) -
     for name in ("weights_sha256", "test_loss"):
         assert summary(disturbed)[name] == summary(whole)[name]
     check_records(disturbed)
+    lost = json.loads((disturbed / "summary.json").read_text())["goodput"]
+    assert lost["restarts"] >= 2
+    assert lost["replayed_steps"] >= 4
+    assert lost["restart_seconds"] > lost["replay_seconds"] > 0
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
@@ -109,6 +115,33 @@ def test_a_hundred_ranks_are_lost(framework: str, tmp_path: Path) -> None:
         assert summary(folder)[name] == pytest.approx(summary(tmp_path / "whole")[name], rel=1e-5)
     for is_right, line in example_log.check(folder):
         assert is_right, line
+
+
+@long
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_job_that_is_lost_goes_on_from_its_checkpoint(framework: str, tmp_path: Path) -> None:
+    module, folder = f"recipes.mnist_mlp_{framework}", tmp_path / "disturbed"
+    overrides = [*SMALL["mnist_mlp"], *COMMON, "train.checkpoint_every=10"]
+    plain_job(module, tmp_path / "whole", *overrides)
+    disturbed = [*overrides, "chaos=kill:step=37;kill:rank=0,step=55;slow:seconds=0.1"]  # all ranks, then one
+    elastic_job(module, folder, *disturbed, succeeds=False)
+    output = elastic_job(module, folder, *disturbed)
+    assert "from step 31" in output
+    assert summary(folder)["test_loss"] == pytest.approx(summary(tmp_path / "whole")["test_loss"], rel=1e-5)
+    check_records(folder)
+
+
+@long
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("method", ["powersgd", "topk", "int8"])
+def test_compressed_runs_lose_ranks(method: str, framework: str, tmp_path: Path) -> None:
+    """Their curve depends on the number of ranks; what matters is that residuals are not lost (test_checkpoint.py)."""
+    chaos, overrides = f"chaos={CHAOS}", [*SMALL["mnist_mlp"], *COMMON, f"compression={method}"]
+    elastic_job(f"recipes.mnist_mlp_{framework}", tmp_path / "run" / "run", *overrides, chaos)
+    accuracy = summary(tmp_path / "run" / "run")["test_accuracy"]
+    assert isinstance(accuracy, float)
+    assert accuracy > 0.9
+    check_records(tmp_path / "run" / "run")
 
 
 @long
