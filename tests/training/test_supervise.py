@@ -11,15 +11,13 @@ from common.data import example_log
 from tests.helpers.launch import BIN, FRAMEWORKS, ROOT, run
 from tests.helpers.runs import SMALL
 
-import pytest
-
 SUPERVISE = [sys.executable, "-m", "recipes", "supervise"]
 PIPELINE = [*SMALL["mnist_mlp"], "model.hidden_sizes=[64,64]", "parallel=pipeline", "data.ledger=true"]
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_a_pipeline_that_loses_ranks_is_completed(framework: str, tmp_path: Path) -> None:
-    command = ["horovodrun", "--gloo", "-np", "2", sys.executable, "-m", f"recipes.mnist_mlp_{framework}", *PIPELINE]
+def test_a_pipeline_that_loses_ranks_is_completed(tmp_path: Path) -> None:
+    recipe = f"recipes.mnist_mlp_{FRAMEWORKS[-1]}"
+    command = ["horovodrun", "--gloo", "-np", "2", sys.executable, "-m", recipe, *PIPELINE]
     command += [f"run.dir={tmp_path}", "train.max_steps=30", "train.checkpoint_every=5"]
     chaos = "chaos=kill:rank=1,step=8;kill:rank=0,step=18;slow:seconds=0.02"
     job = run([*SUPERVISE, "backoff=0.1", "--", *command, chaos])
