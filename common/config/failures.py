@@ -1,5 +1,6 @@
 """What `chaos` may say: which failures are made on purpose, and when."""
 
+import math
 from dataclasses import dataclass, fields
 
 from common.errors import ConfigError
@@ -50,9 +51,11 @@ def _parsed(part: str) -> Failure:
     except (KeyError, ValueError):
         raise ConfigError([problem]) from None
     failure = Failure(kind, **values)  # type: ignore[arg-type]
-    is_when = failure.kind == "slow" or (failure.step > 0) != (0 < failure.p <= 1)
-    if kind not in KINDS or not is_when or failure.step < 0 or failure.rank < -1 or failure.seconds < 0:
+    is_at_step, is_random = failure.step > 0 and not failure.p, 0 < failure.p <= 1 and not failure.step
+    is_when = failure.step >= 0 and not failure.p if kind == "slow" else is_at_step or is_random
+    if kind not in KINDS or not is_when or failure.rank < -1 or not 0 <= failure.seconds < math.inf:
         raise ConfigError([problem])
-    if kind in ("slow", "freeze") and not failure.seconds:
-        raise ConfigError([f"chaos={part}: {kind} needs seconds="])
+    for name, kinds in (("seconds", ("slow", "freeze")), ("bytes", ("full_disk",))):
+        if kind in kinds and getattr(failure, name) <= 0:
+            raise ConfigError([f"chaos={part}: {kind} needs {name}="])
     return failure

@@ -35,7 +35,6 @@ from common.config.schema import (
     Scope,
     SGDConfig,
     SparseConfig,
-    TrainConfig,
     leaves,
     to_dict,
 )
@@ -113,7 +112,7 @@ def validate(cfg: RunConfig, topology: Topology) -> Topology:
     problems += [
         *_out_of_bounds(cfg),
         *_batch_problems(cfg, topology),
-        *_batch_schedule_problems(cfg.train, topology),
+        *_batch_schedule_problems(cfg, topology),
         *_model_problems(cfg.model),
         *_compression_problems(cfg, topology),
         *_data_problems(cfg.data),
@@ -331,14 +330,15 @@ def _two_level_problems(topology: Topology) -> Iterator[str]:
         yield "compression.two_level=true: all hosts must have as many ranks; change horovodrun -H, or leave it out"
 
 
-def _batch_schedule_problems(cfg: TrainConfig, topology: Topology) -> Iterator[str]:
+def _batch_schedule_problems(run: RunConfig, topology: Topology) -> Iterator[str]:
+    cfg = run.train
     steps, is_given = cfg.batch_growth_steps, cfg.batch_schedule is BatchSchedule.steps
     if is_given != bool(steps) or sorted(set(steps)) != steps or (steps and steps[0] < 1):
         yield (
             f"train.batch_growth_steps={steps}: must be ascending steps such as [100,200] with "
             "train.batch_schedule=steps, and [] otherwise"
         )
-    if cfg.batch_schedule is BatchSchedule.noise_scale and topology.num_batch_slices == 1:
+    if cfg.batch_schedule is BatchSchedule.noise_scale and topology.num_batch_slices == 1 and not run.elastic:
         yield (
             "train.batch_schedule=noise_scale: compares the gradients of ranks, and there is one; start more "
             "(horovodrun -np 2) or use constant|steps"

@@ -134,11 +134,15 @@ class TrainingSampler:
     def observe_gradients(self, step: Step, local: float, whole: float) -> None:
         """Updates the gradient noise scale, with which the batch may grow; see BatchSizes.observe().
 
+        A single rank, to which an elastic run may shrink, has nothing to compare.
+
         Args:
             step: the step of the gradients.
             local: squared norm of the mean gradient of a rank's examples, summed over the ranks.
             whole: squared norm of the mean gradient of all examples, before clipping.
         """
+        if self.topology.num_batch_slices == 1:
+            return
         sizes = [stop - start for start, stop in pairwise(bounds(step.global_size, self.topology.num_batch_slices))]
         self.batch_sizes.observe(step.number, local, whole, sizes)
 

@@ -26,6 +26,16 @@ def set_defaults(has_process_sets: bool) -> None:
     os.environ.setdefault("HOROVOD_CYCLE_TIME", cycle_time)
 
 
+def num_threads(topology: Topology) -> int:
+    """This rank's share of its host's cores; 1 in an elastic job, whose hosts may get more ranks and fewer."""
+    return 1 if is_elastic() else topology.num_threads(num_cores())
+
+
+def is_elastic() -> bool:
+    """Whether horovodrun was started with --min-np."""
+    return os.environ.get("HOROVOD_ELASTIC") == "1"
+
+
 def num_cores() -> int:
     """Number of cores that this process may run on."""
     return len(os.sched_getaffinity(0))

@@ -46,12 +46,15 @@ class Chaos:
 
     def before(self, step: int) -> None:
         """Makes the failures that are due before a step."""
-        for undo in self._undo:
-            undo()
-        self._undo.clear()
         for number, failure in enumerate(self._failures):
             if self._is_due(number, failure, step):
                 getattr(self, f"_{failure.kind}")(failure, np.random.default_rng((self._seed, number, step)))
+
+    def after(self) -> None:
+        """Takes back what lasts for one step only."""
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
 
     def _is_due(self, number: int, failure: Failure, step: int) -> bool:
         if failure.rank not in (-1, self._topology.rank):

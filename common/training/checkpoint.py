@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from common import file_io
 from common.config.schema import RunConfig, leaves, to_dict
 from common.data import example_log
-from common.data.sampler import Step, TrainingSampler
+from common.data.sampler import SamplerState, Step, TrainingSampler
 from common.distributed.array_exchange import Arrays
 from common.distributed.consensus import Runtime
 from common.distributed.topology import Topology
@@ -36,6 +36,8 @@ RESUME_MAY_CHANGE = (
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.on_nonfinite"),
     *("train.commit_every", "elastic", "chaos"),
 )
+# What runs did before these keys were there.
+ADDED_LATER = {"train.reproducible": False, "train.lanes": 8}
 RESUME_MUST_MATCH = ("data.balance", "data.max_shift", "data.max_rotation")
 
 
@@ -117,6 +119,17 @@ class Checkpoints:
             raise
         return restored
 
+    def commit_start(self, sampler: TrainingSampler) -> None:
+        """With elastic=true: gives each rank the state of the start in memory, also those that have just joined."""
+        if self._cfg.elastic:
+            self._commit(sampler.start, sampler)
+
+    def _commit(self, position: SamplerState, sampler: TrainingSampler) -> tuple[Arrays, Arrays, Arrays]:
+        arrays = self._state.weights(), self._state.optimizer_state(), self._state.gradients()
+        if self._cfg.elastic:
+            membership.commit = Checkpoint(MEMORY, *arrays, self._state_at(position, sampler))
+        return arrays
+
     def _restored(self) -> dict[str, Any]:
         checkpoint = membership.newest(self._runtime, self._rank) if self._cfg.elastic else None
         with self._runtime.raise_on_all_ranks():
@@ -157,10 +170,8 @@ class Checkpoints:
         if not is_due and not is_commit:
             return
         with goodput.losing("checkpoint"):
-            arrays = self._state.weights(), self._state.optimizer_state(), self._state.gradients()
-            if is_commit:
-                membership.commit = Checkpoint(MEMORY, *arrays, self._state_at(step, sampler))
-                goodput.committed(step.number)
+            arrays = self._commit(step.end, sampler)
+            goodput.committed(step.number)
             if is_due:
                 self._save(step, arrays, sampler, is_last=is_over or is_stop)
         if is_stop:
@@ -179,15 +190,18 @@ class Checkpoints:
             if self._rank == 0:
                 self._wait()
                 check_finite(step.number, *arrays)
-                self._writing = self._writer.submit(self._write, step.number, *arrays, self._state_at(step, sampler))
+                self._writing = self._writer.submit(
+                    self._write, step.number, *arrays, self._state_at(step.end, sampler)
+                )
+                _last[:] = [self._writing]
                 _unfinished.add(self._writing)
                 self._writing.add_done_callback(_unfinished.discard)
                 if is_last:
                     self._wait()
 
-    def _state_at(self, step: Step, sampler: TrainingSampler) -> dict[str, Any]:
+    def _state_at(self, position: SamplerState, sampler: TrainingSampler) -> dict[str, Any]:
         return self._identity | {
-            "position": dataclasses.asdict(step.end),
+            "position": dataclasses.asdict(position),
             "batch_sizes": sampler.batch_sizes.to_json(),
             "world_size": sampler.topology.world_size,
         }
@@ -258,17 +272,26 @@ class Checkpoints:
             yield f"data: the training examples are not those of {checkpoint.folder}; {_remedy('data')}"
         old, new = dict(leaves(state["config"])), dict(leaves(self._identity["config"]))
         for key in sorted(old.keys() | new.keys()):
+            before = old.get(key, ADDED_LATER.get(key))
             is_free = key.startswith(RESUME_MAY_CHANGE) and key not in RESUME_MUST_MATCH
-            if not is_free and old.get(key) != new.get(key) and not _names(allowed, key):
-                yield f"{key}={new.get(key)}: is {old.get(key)} in {checkpoint.folder}; {_remedy(key)}"
+            is_free |= key == "train.lanes" and not self._cfg.train.reproducible
+            if not is_free and before != new.get(key) and not _names(allowed, key):
+                yield f"{key}={new.get(key)}: is {before} in {checkpoint.folder}; {_remedy(key)}"
 
 
 _unfinished: set[Future[None]] = set()
+_last: list[Future[None]] = []  # the last one of all
 
 
 def finish_writing() -> None:
     """Waits until no checkpoint is being written any more; needed before an exit that skips Python's cleanup."""
     wait(list(_unfinished))
+
+
+def problem_of_writing() -> str:
+    """Why the last checkpoint could not be written; empty if it was."""
+    error = next((future.exception() for future in _last if future.done()), None)
+    return str(error) if error else ""
 
 
 def _divides(every: int, step: int) -> bool:

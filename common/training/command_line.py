@@ -14,11 +14,12 @@ from typing import Any
 from common.config.composition import compose, group_options
 from common.config.layout import arranged, process_sets
 from common.config.schema import RunConfig, to_yaml
+from common.distributed import launcher_env
 from common.distributed.consensus import Runtime
 from common.distributed.launcher_env import are_hosts_alike, launched_topology
 from common.distributed.topology import Topology
 from common.errors import ConfigError, Stopped, TrainingError
-from common.training import checkpoint, elastic, preemption
+from common.training import checkpoint, preemption
 from common.training.elastic import RanksChanged, membership
 
 SECONDS_TO_GIVE_WAY = 5
@@ -55,7 +56,7 @@ def _trained(train: Callable[[Any], Any], task: str, runtime: Runtime, words: Se
     overrides = [word for word in words if word not in ("-h", "--help")]
     topology = _started(runtime, *_needed_at_start(task, overrides))
     try:
-        if elastic.is_launched():
+        if launcher_env.is_elastic():
             membership.listen(runtime)
         with runtime.raise_on_all_ranks():
             cfg = compose(task, overrides)
@@ -84,7 +85,7 @@ def _trained(train: Callable[[Any], Any], task: str, runtime: Runtime, words: Se
     except Exception as error:
         if not runtime.is_lost_rank(error):
             raise
-        if not elastic.is_launched():
+        if not launcher_env.is_elastic():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ends the remaining ranks
             print(f"rank {topology.rank} stops: another rank has left the job", file=sys.stderr, flush=True)
             # The job's status is that of the first rank to exit: let the rank that failed exit first.
@@ -92,6 +93,8 @@ def _trained(train: Callable[[Any], Any], task: str, runtime: Runtime, words: Se
             sys.exit(1)
         _say(topology, "a rank is lost")
     checkpoint.finish_writing()
+    if problem := checkpoint.problem_of_writing():
+        print(f"a checkpoint could not be written: {problem}", file=sys.stderr, flush=True)
     preemption.announce_change(False)  # what is announced from now on may not be known to the next start
     runtime.shutdown()
     return False
@@ -107,7 +110,10 @@ def _started(runtime: Runtime, process_sets: list[Sequence[int]], reproducible: 
     """Starts Horovod, which refuses to start if the ranks ask for different process sets."""
     try:
         return runtime.init(process_sets, reproducible)
-    except ValueError:
+    except ValueError as error:
+        if membership.folder:  # it has run before, with other ranks
+            print(f"this rank cannot start again: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
         print(
             "Horovod could not start, as its message above says; give all ranks the same keys: parallel, "
             "compression.two_level and model.tied decide which ranks exchange something among themselves",

@@ -4,10 +4,10 @@
 going on with other ranks is a resume, as from a checkpoint of another number of ranks, but within the process.
 """
 
-import os
 from typing import Any
 
 from common.config.schema import RunConfig
+from common.distributed import launcher_env
 from common.distributed.array_exchange import Arrays
 from common.distributed.consensus import Runtime
 from common.errors import ConfigError
@@ -65,18 +65,13 @@ class Membership:
 membership = Membership()
 
 
-def is_launched() -> bool:
-    """Whether horovodrun was started with --min-np."""
-    return os.environ.get("HOROVOD_ELASTIC") == "1"
-
-
 def check_launch(cfg: RunConfig) -> None:
     """Raises a ConfigError if the configuration and the launcher differ about whether ranks may leave and join."""
-    if is_launched() and not cfg.elastic:
+    if launcher_env.is_elastic() and not cfg.elastic:
         raise ConfigError(
             ["elastic=false: horovodrun was started with --min-np, for ranks that leave and join; set elastic=true"]
         )
-    if cfg.elastic and not is_launched():
+    if cfg.elastic and not launcher_env.is_elastic():
         raise ConfigError([f"elastic=true: ranks can leave and join only under {HOW}; start it so, or leave it out"])
 
 

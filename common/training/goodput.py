@@ -26,19 +26,19 @@ class Goodput:
         self._start = self._last_end = time.perf_counter()
         self.lost = dict.fromkeys(CAUSES, 0.0)
         self.num_restarts = self.num_replayed = 0
-        self._last_step = 0
-        self._ends: dict[int, float] = {}  # the ends of the steps since the last commit
+        self._ends: dict[int, float] = {}  # the ends of the steps since the last commit, and of the one before
+        self._since_commit = 0.0  # seconds that were lost to other causes in these steps
         self._is_restarting = False
 
     def begin(self, first_step: int) -> None:
         """A run begins after the step `first_step`; not the first time, if ranks have changed."""
         if self._ends:
-            done, committed = max(self._ends), self._ends.get(first_step, self._last_end)
-            self.lost["replay"] += self._last_end - committed
-            self.num_replayed += max(0, done - first_step)
+            committed = self._ends.get(first_step, self._last_end)
+            self.lost["replay"] += max(0.0, self._last_end - committed - self._since_commit)
+            self.num_replayed += max(0, max(self._ends) - first_step)
             self.num_restarts += 1
             self._is_restarting = True
-        self._ends = {}
+        self._ends, self._since_commit = {first_step: time.perf_counter()}, 0.0
 
     def end_step(self, step: int) -> None:
         """A step has ended."""
@@ -57,11 +57,13 @@ class Goodput:
         try:
             yield
         finally:
-            self.lost[cause] += time.perf_counter() - start
+            if not self._is_restarting:  # else it is part of the restart
+                self.lost[cause] += time.perf_counter() - start
+                self._since_commit += time.perf_counter() - start
 
     def committed(self, step: int) -> None:
         """The steps so far will not be done again."""
-        self._ends = {step: self._last_end}
+        self._ends, self._since_commit = {step: self._last_end}, 0.0
 
     def state(self) -> dict[str, Any]:
         """The times so far, for a process that takes them over."""

@@ -115,6 +115,7 @@ class Job(ABC, Generic[E]):
         restored = checkpoints.restore()
         classes = drawn_classes(examples.cfg, examples.classes) if isinstance(examples, Augmented) else None
         sampler = TrainingSampler.from_config(cfg, len(examples), self.topology, restored, classes)
+        checkpoints.commit_start(sampler)
         return Run(cfg, engine, sampler, examples, checkpoints, RunLog(cfg, self.recipe, sampler, self.runtime))
 
     @abstractmethod
@@ -149,13 +150,13 @@ class Run(Generic[E]):
     ) -> None:
         self._cfg, self._engine, self._sampler, self._examples = cfg, engine, sampler, examples
         self._checkpoints, self._log = checkpoints, log
+        self._chaos = Chaos(cfg, sampler.topology, engine)
 
     def batches(self) -> Iterator[tuple[Step, Any]]:
         """Yields the steps of the run, each with this rank's part of the global batch, which is read ahead."""
-        chaos = Chaos(self._cfg, self._sampler.topology, self._engine)
         goodput.begin(self._sampler.start.step)
         for step, arrays in self._log.steps(self._examples):
-            chaos.before(step.number)
+            self._chaos.before(step.number)
             self._engine.seed_dropout(self._cfg.seed, step.number)
             yield step, self._engine.to_batch(arrays, step.global_size)
 
@@ -165,6 +166,7 @@ class Run(Generic[E]):
         Raises:
             TrainingError: the loss is not finite, or too many steps in a row were skipped.
         """
+        self._chaos.after()
         is_skipped = float(metrics.overflow) > 0
         if self._cfg.train.batch_schedule is BatchSchedule.noise_scale and not is_skipped:
             local, whole = float(metrics.local_grad_sqnorm), float(metrics.global_grad_sqnorm)

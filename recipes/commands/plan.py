@@ -57,6 +57,10 @@ def main(words: Sequence[str]) -> None:
     recipe, overrides = _recipe(words)
     ranks = [word for word in overrides if word.startswith("ranks=")]
     cfg = compose(recipe.rpartition("_")[0], [word for word in overrides if word not in ranks])
+    if cfg.train.reproducible:
+        raise ConfigError(
+            ["train.reproducible=true: has other messages and more memory, which no plan knows; leave it out"]
+        )
     num_ranks = _number(ranks[-1]) if ranks else _least_ranks(cfg.parallel)
     topology = validate(cfg, Topology(0, num_ranks, 0, num_ranks))
     plan = CostModel(cfg, topology, _profile(recipe, cfg, topology))

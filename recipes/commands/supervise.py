@@ -26,6 +26,8 @@ FINAL = (0, 2, preemption.EXIT_STATUS)
 LONGEST = 60.0
 SECONDS_TO_END = 15.0  # in which the ranks of a launcher that was killed end, too
 
+_signals: list[int] = []  # those that this process has received
+
 
 @dataclass
 class Arguments:
@@ -47,9 +49,13 @@ def main(words: Sequence[str]) -> None:
     sys.exit(_supervised(command, Path(folders[-1]), arguments))
 
 
+class _Asked(Exception):  # noqa: N818
+    """This process was asked to stop while no command ran."""
+
+
 def _supervised(command: Sequence[str], folder: Path, arguments: Arguments) -> int:
     failures, newest = 0, _newest(folder)
-    while (status := _started(command)) not in FINAL:
+    while (status := _started(command)) not in FINAL and not _signals:
         failures = 1 if _newest(folder) > newest else failures + 1
         newest = _newest(folder)
         if failures > arguments.restarts:
@@ -58,9 +64,12 @@ def _supervised(command: Sequence[str], folder: Path, arguments: Arguments) -> i
         seconds = min(LONGEST, arguments.backoff * 2 ** (failures - 1))
         where = f"step {newest}" if newest else "the beginning"
         print(f"status {status}: starting again from {where} in {seconds:g} s", flush=True)
-        time.sleep(seconds)
-        _wait_for_lock(folder)
-    return status
+        try:
+            time.sleep(seconds)
+            _wait_for_lock(folder)
+        except _Asked:
+            break
+    return 128 + _signals[0] if _signals and status else status
 
 
 def _started(command: Sequence[str]) -> int:
@@ -69,8 +78,15 @@ def _started(command: Sequence[str]) -> int:
         process = subprocess.Popen(command)
     except OSError as error:
         raise ConfigError([f"{command[0]}: cannot be started ({error.strerror})"]) from error
+
+    def pass_on(number: int, _: object) -> None:
+        _signals.append(number)
+        if process.poll() is not None:
+            raise _Asked
+        process.send_signal(number)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: process.send_signal(received))
+        signal.signal(number, pass_on)
     status = process.wait()
     return status if status >= 0 else 128 - status
 

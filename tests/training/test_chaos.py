@@ -20,11 +20,20 @@ def test_a_text_says_what_fails_and_when() -> None:
         Failure("kill", rank=1, step=120),
         Failure("slow", seconds=0.5),
     ]
-    for text in ("kill", "kill:rank=1", "kill:step=0", "kill:step=1,p=0.5", "die:step=1", "kill:when=1", "kill:step=x"):
+    for text in (
+        "kill",
+        "kill:rank=1",
+        "kill:step=0",
+        "kill:step=1,p=2",
+        "die:step=1",
+        "kill:when=1",
+        "slow:p=0.5,seconds=1",
+    ):
         with pytest.raises(ConfigError, match=r"must be kill\|freeze"):
             failures.parse(text)
-    with pytest.raises(ConfigError, match="freeze needs seconds="):
-        failures.parse("freeze:step=3")
+    for text, missing in (("freeze:step=3", "seconds"), ("full_disk:step=3", "bytes")):
+        with pytest.raises(ConfigError, match=f"needs {missing}="):
+            failures.parse(text)
 
 
 @pytest.mark.ranks(2)
@@ -36,11 +45,11 @@ def test_a_rank_that_stops_for_a_while_changes_nothing(framework: str, shared_pa
 
 @pytest.mark.ranks(2)
 def test_all_ranks_skip_the_step_in_which_one_has_no_number(framework: str, shared_path: Path) -> None:
-    overrides = [*RUN, "train.on_nonfinite=skip", "chaos=nan:rank=1,step=4"]
+    overrides = [*RUN, "train.on_nonfinite=skip", "chaos=nan:rank=1,step=5"]  # there is a checkpoint after it
     losses = train_here(framework, "mnist_mlp", shared_path / "run", *overrides)
-    assert sorted(losses) == [step for step in range(1, 13) if step != 4]
+    assert sorted(losses) == [step for step in range(1, 13) if step != 5]
     skipped = {event["step"]: event["skipped_steps"] for event in read_events(shared_path / "run") if "lr" in event}
-    assert skipped == {step: int(step >= 4) for step in range(1, 13)}
+    assert skipped == {step: int(step >= 5) for step in range(1, 13)}
 
 
 @pytest.mark.ranks(2)

@@ -111,6 +111,7 @@ def test_a_hundred_ranks_are_lost(framework: str, tmp_path: Path) -> None:
     kills = ";".join(f"kill:rank={step // 20 % 2},step={step}" for step in range(20, 8000, 20))
     output = elastic_job(module, folder, *overrides, f"chaos={kills};slow:seconds=0.1", timeout=3000)
     assert output.count("Killed") >= 100
+    assert output.count(f" a step, {folder}") == 1  # the others go on from a commit
     for name in ("train_loss", "test_loss"):
         assert summary(folder)[name] == pytest.approx(summary(tmp_path / "whole")[name], rel=1e-5)
     for is_right, line in example_log.check(folder):

@@ -65,7 +65,7 @@ def init(process_sets: Iterable[Sequence[int]] = (), reproducible: bool = False)
     topology = _topology()
     if topology.world_size == 1:
         launcher_env.refuse_other_launchers()
-    num_threads = topology.num_threads(launcher_env.num_cores())
+    num_threads = launcher_env.num_threads(topology)
     if "TF_NUM_INTRAOP_THREADS" not in os.environ and not reproducible:
         tf.config.threading.set_intra_op_parallelism_threads(num_threads)
     if "TF_NUM_INTEROP_THREADS" not in os.environ:

@@ -47,6 +47,7 @@ def init(process_sets: Iterable[Sequence[int]] = (), reproducible: bool = False)
             thread, as several cut sums by their number.
     """
     if reproducible:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is then deterministic
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)
     if hvd.is_initialized():
@@ -58,7 +59,7 @@ def init(process_sets: Iterable[Sequence[int]] = (), reproducible: bool = False)
     if topology.world_size == 1:
         launcher_env.refuse_other_launchers()
     if "OMP_NUM_THREADS" not in os.environ and not reproducible:
-        torch.set_num_threads(topology.num_threads(launcher_env.num_cores()))
+        torch.set_num_threads(launcher_env.num_threads(topology))
     if torch.cuda.is_available():
         _take_gpu(topology)
     return topology

@@ -16,8 +16,9 @@ def allowed(models: Iterable[nn.Module]) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_MeansOfNothing())
         for model in models:
-            stack.callback(model.register_forward_pre_hook(_with_a_row, with_kwargs=True).remove)
-            stack.callback(model.register_forward_hook(_without_it).remove)
+            row = _Row()
+            stack.callback(model.register_forward_pre_hook(row.put_in, with_kwargs=True).remove)
+            stack.callback(model.register_forward_hook(row.take_out).remove)
         yield
 
 
@@ -39,15 +40,23 @@ def _is_empty(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and not len(value)
 
 
-def _with_a_row(model: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Hook before forward: many models cannot reshape a tensor without elements, so they get a row of ones."""
+class _Row:
+    """Two hooks of a model: many cannot reshape a tensor without elements, so it gets a row of ones instead."""
 
-    def filled(tensor: Tensor) -> Tensor:
-        return tensor.new_ones((1, *tensor.shape[1:])) if _is_empty(tensor) else tensor
+    def __init__(self) -> None:
+        self._is_in: list[bool] = []  # for each call of the model that has begun
 
-    return tree_map_only(Tensor, filled, (args, kwargs))
+    def put_in(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Hook before forward: gives empty tensors a row."""
+        self._is_in.append(any(map(_is_empty, tree_leaves((args, kwargs)))))
 
+        def filled(tensor: Tensor) -> Tensor:
+            return tensor.new_ones((1, *tensor.shape[1:])) if _is_empty(tensor) else tensor
 
-def _without_it(model: nn.Module, args: Any, outputs: Any) -> Any:
-    """Hook after forward: takes the row away again."""
-    return tree_map_only(Tensor, lambda tensor: tensor[:0] if tensor.dim() and len(tensor) == 1 else tensor, outputs)
+        return tree_map_only(Tensor, filled, (args, kwargs))
+
+    def take_out(self, model: nn.Module, args: Any, outputs: Any) -> Any:
+        """Hook after forward: takes the row away again."""
+        if not self._is_in.pop():
+            return outputs
+        return tree_map_only(Tensor, lambda each: each[:0] if each.dim() and len(each) == 1 else each, outputs)
