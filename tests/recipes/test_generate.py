@@ -127,4 +127,4 @@ def test_a_damaged_file_has_one_message_and_status_2(tmp_path: Path) -> None:
 
 def test_an_unknown_command_is_named() -> None:
     result = run([sys.executable, "-m", "recipes", "generat"])
-    assert (result.returncode, "generat: no such command; choose check-ledger|generate" in result.stdout) == (2, True)
+    assert (result.returncode, "generat: no such command; choose check-ledger|elastic-demo|generate" in result.stdout) == (2, True)
