@@ -127,4 +127,5 @@ def test_a_damaged_file_has_one_message_and_status_2(tmp_path: Path) -> None:
 
 def test_an_unknown_command_is_named() -> None:
     result = run([sys.executable, "-m", "recipes", "generat"])
-    assert (result.returncode, "generat: no such command; choose check-ledger|elastic-demo|generate" in result.stdout) == (2, True)
+    known = "choose check-ledger|elastic-demo|generate|plan|shard-data|supervise,"
+    assert (result.returncode, f"generat: no such command; {known}" in result.stdout) == (2, True)
