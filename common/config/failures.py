@@ -1,7 +1,8 @@
 """What `chaos` may say: which failures are made on purpose, and when."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Any, get_type_hints
 
 from common.errors import ConfigError
 
@@ -45,12 +46,13 @@ def _parsed(part: str) -> Failure:
         f"chaos={part}: must be {'|'.join(KINDS)} with step= or p=, and maybe rank=, seconds= and bytes=, such as "
         f"{EXAMPLE}"
     )
-    types = {field.name: int if field.name in ("rank", "step", "bytes") else float for field in fields(Failure)[1:]}
+    types: dict[str, Any] = get_type_hints(Failure)
+    del types["kind"]  # it stands before the colon
     try:
         values = {name: types[name](value) for name, value in (word.split("=") for word in rest.split(",") if word)}
     except (KeyError, ValueError):
         raise ConfigError([problem]) from None
-    failure = Failure(kind, **values)  # type: ignore[arg-type]
+    failure = Failure(kind, **values)
     is_at_step, is_random = failure.step > 0 and not failure.p, 0 < failure.p <= 1 and not failure.step
     is_when = failure.step >= 0 and not failure.p if kind == "slow" else is_at_step or is_random
     if kind not in KINDS or not is_when or failure.rank < -1 or not 0 <= failure.seconds < math.inf:

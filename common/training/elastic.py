@@ -4,11 +4,8 @@
 going on with other ranks is a resume, as from a checkpoint of another number of ranks, but within the process.
 """
 
-from typing import Any
-
 from common.config.schema import RunConfig
 from common.distributed import launcher_env
-from common.distributed.array_exchange import Arrays
 from common.distributed.consensus import Runtime
 from common.errors import ConfigError
 from common.training import preemption
@@ -57,9 +54,11 @@ class Membership:
         state = runtime.allgather_object(mine.state if mine and rank == source else None)[source]
         if source == 0:
             return mine if rank == 0 else None
-        sent = _flat(mine) if mine and rank == source else {}
-        received = runtime.exchange_arrays([sent, *[{}] * (len(steps) - 1)])[source]
-        return _commit(state, received) if rank == 0 else None
+        parts = (mine.weights, mine.optimizer_state, mine.gradients) if mine and rank == source else ({}, {}, {})
+        weights, optimizer_state, gradients = (
+            runtime.exchange_arrays([arrays, *[{}] * (len(steps) - 1)])[source] for arrays in parts
+        )
+        return Checkpoint(MEMORY, weights, optimizer_state, gradients, state) if rank == 0 else None
 
 
 membership = Membership()
@@ -73,16 +72,3 @@ def check_launch(cfg: RunConfig) -> None:
         )
     if cfg.elastic and not launcher_env.is_elastic():
         raise ConfigError([f"elastic=true: ranks can leave and join only under {HOW}; start it so, or leave it out"])
-
-
-def _flat(commit: Checkpoint) -> Arrays:
-    groups = {"weights": commit.weights, "optimizer": commit.optimizer_state, "gradients": commit.gradients}
-    return {f"{group}/{name}": array for group, arrays in groups.items() for name, array in arrays.items()}
-
-
-def _commit(state: dict[str, Any], flat: Arrays) -> Checkpoint:
-    groups: dict[str, dict[str, Any]] = {"weights": {}, "optimizer": {}, "gradients": {}}
-    for name, array in flat.items():
-        group, _, rest = name.partition("/")
-        groups[group][rest] = array
-    return Checkpoint(MEMORY, groups["weights"], groups["optimizer"], groups["gradients"], state)

@@ -49,10 +49,6 @@ def main(words: Sequence[str]) -> None:
     sys.exit(_supervised(command, Path(folders[-1]), arguments))
 
 
-class _Asked(Exception):  # noqa: N818
-    """This process was asked to stop while no command ran."""
-
-
 def _supervised(command: Sequence[str], folder: Path, arguments: Arguments) -> int:
     failures, newest = 0, _newest(folder)
     while (status := _started(command)) not in FINAL and not _signals:
@@ -64,10 +60,8 @@ def _supervised(command: Sequence[str], folder: Path, arguments: Arguments) -> i
         seconds = min(LONGEST, arguments.backoff * 2 ** (failures - 1))
         where = f"step {newest}" if newest else "the beginning"
         print(f"status {status}: starting again from {where} in {seconds:g} s", flush=True)
-        try:
-            time.sleep(seconds)
-            _wait_for_lock(folder)
-        except _Asked:
+        _wait(seconds, folder)
+        if _signals:
             break
     return 128 + _signals[0] if _signals and status else status
 
@@ -81,9 +75,7 @@ def _started(command: Sequence[str]) -> int:
 
     def pass_on(number: int, _: object) -> None:
         _signals.append(number)
-        if process.poll() is not None:
-            raise _Asked
-        process.send_signal(number)
+        process.send_signal(number)  # does nothing if it has ended
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
@@ -97,12 +89,17 @@ def _newest(folder: Path) -> int:
     return int(saved[-1].name.removeprefix("step-")) if saved else 0
 
 
-def _wait_for_lock(folder: Path) -> None:
-    """Waits until no rank of the last start uses the folder."""
-    deadline = time.monotonic() + SECONDS_TO_END
-    while folder.is_dir() and time.monotonic() < deadline:
-        with suppress(ConfigError):
+def _wait(seconds: float, folder: Path) -> None:
+    """Waits for so long, and until no rank of the last start uses the folder; not after a signal."""
+    end = time.monotonic() + seconds
+    while not _signals and (time.monotonic() < end or (_is_used(folder) and time.monotonic() < end + SECONDS_TO_END)):
+        time.sleep(min(0.2, max(0.0, end - time.monotonic()) or 0.2))
+
+
+def _is_used(folder: Path) -> bool:
+    with suppress(ConfigError):
+        if folder.is_dir():
             run_lock.hold(folder)
             run_lock.let_go(folder)
-            return
-        time.sleep(0.2)
+        return False
+    return True
