@@ -14,7 +14,7 @@ from typing import Any
 
 from common.config.schema import RunConfig, TrainConfig
 from common.data.batch_schedule import BatchSizes
-from common.distributed.topology import Topology
+from common.distributed.topology import Topology, bounds
 from common.errors import ConfigError
 
 import numpy as np
@@ -180,12 +180,6 @@ def part(num_examples: int, topology: Topology) -> slice:
     """
     slices, starts = topology.batch_slices, bounds(num_examples, topology.num_batch_slices)
     return slice(starts[slices.start], starts[slices.stop])
-
-
-def bounds(num_examples: int, num_parts: int) -> list[int]:
-    """(num_parts + 1,) the starts of consecutive parts and the end of the last one, larger parts first; [0] if none."""
-    size, larger = divmod(num_examples, max(1, num_parts))
-    return [number * size + min(number, larger) for number in range(num_parts + 1)]
 
 
 def evaluation_pieces(

@@ -230,5 +230,11 @@ class Topology:
 
 def lanes_of(rank: int, num_ranks: int, num_lanes: int) -> range:
     """The lanes of a rank; the numbers of lanes of two ranks differ by at most one, larger ones first."""
-    size, larger = divmod(num_lanes, num_ranks)
-    return range(rank * size + min(rank, larger), (rank + 1) * size + min(rank + 1, larger))
+    starts = bounds(num_lanes, num_ranks)
+    return range(starts[rank], starts[rank + 1])
+
+
+def bounds(num_examples: int, num_parts: int) -> list[int]:
+    """(num_parts + 1,) the starts of consecutive parts and the end of the last one, larger parts first; [0] if none."""
+    size, larger = divmod(num_examples, max(1, num_parts))
+    return [number * size + min(number, larger) for number in range(num_parts + 1)]

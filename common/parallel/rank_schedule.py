@@ -6,8 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from common.config.schema import ParallelConfig, PipelineConfig
-from common.data.sampler import bounds
-from common.distributed.topology import Layout, Topology
+from common.distributed.topology import Layout, Topology, bounds
 from common.parallel import pipeline_schedule
 from common.parallel.pipeline_schedule import Action, Kind
 
@@ -70,7 +69,7 @@ class RankSchedule:
         for batch_slice, (start, stop) in zip(slices, pairwise(bounds(num_examples, len(slices))), strict=True):
             rows = pairwise(bounds(stop - start, self.num_micro_batches))
             for row, (first, last) in enumerate(rows):
-                parts[row * self.topology.num_batch_slices + batch_slice] = slice(start + first, start + last)
+                parts[row * self.topology.num_replicas + batch_slice] = slice(start + first, start + last)
         return parts
 
     def bubble_report(self, times: list[list[float]]) -> dict[str, Any]:

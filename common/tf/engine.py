@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from common.config.schema import PrecisionConfig
 from common.data.datasets.examples import Examples
-from common.data.sampler import bounds, evaluation_pieces
+from common.data.sampler import evaluation_pieces
+from common.distributed.topology import bounds
 from common.gradients.step_metrics import StepMetrics
 from common.tf.distributed import runtime
 from common.tf.gradients import optimizers

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from common.config.schema import PrecisionConfig
 from common.data.datasets.examples import Examples
-from common.data.sampler import bounds, evaluation_pieces
+from common.data.sampler import evaluation_pieces
+from common.distributed.topology import bounds
 from common.gradients.step_metrics import StepMetrics
 from common.parallel.rank_schedule import last_backward
 from common.torch.distributed import runtime

@@ -27,6 +27,7 @@ def test_a_text_says_what_fails_and_when() -> None:
         "kill:step=1,p=2",
         "die:step=1",
         "kill:when=1",
+        "kill:kind=x",
         "slow:p=0.5,seconds=1",
     ):
         with pytest.raises(ConfigError, match=r"must be kill\|freeze"):

@@ -3,8 +3,7 @@
 from collections.abc import Iterable
 from itertools import pairwise
 
-from common.data.sampler import bounds
-from common.distributed.topology import Topology
+from common.distributed.topology import Topology, bounds
 from common.gradients import bucketing
 from common.gradients.gradient_sync import CountedSync, SyncOptions
 from common.gradients.lanes import Node, TreeSum, nodes_of

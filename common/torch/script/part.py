@@ -6,8 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from common.data.sampler import bounds
-from common.distributed.topology import Topology
+from common.distributed.topology import Topology, bounds
 from common.errors import ConfigError
 
 import torch
