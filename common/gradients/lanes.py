@@ -6,9 +6,13 @@ sum of the nodes 2i and 2i + 1 of the level below; where there is no second one,
 """
 
 from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from common.distributed.topology import lanes_of
+from common.distributed.topology import bounds, lanes_of
+from common.gradients.gradient_sync import CountedSync
+from common.gradients.step_metrics import StepMetrics
 
 V = TypeVar("V")
 
@@ -56,3 +60,57 @@ def nodes_of(rank: int, num_ranks: int, num_lanes: int) -> Sequence[Node]:
     for lane in lanes_of(rank, num_ranks, num_lanes):
         tree.push(Node(lane, lane + 1), None)
     return [node for node, _ in tree.nodes]
+
+
+class LaneExchange(CountedSync):
+    """What the LaneSync of both bindings knows: which rank sends which nodes of which part of a vector.
+
+    Each rank adds up one part of the vectors of all lanes. So it sends each other rank that one's part of its nodes,
+    and then all ranks the sum of its own part.
+
+    Attributes:
+        lengths: for each bucket, the number of values of its vector.
+    """
+
+    lengths: Sequence[int]
+
+    @cached_property
+    def nodes(self) -> list[Sequence[Node]]:
+        """For each rank, the nodes that it sends."""
+        size = self._topology.world_size
+        return [nodes_of(rank, size, self._topology.num_lanes) for rank in range(size)]
+
+    def parts(self, number: int) -> list[tuple[int, int]]:
+        """Where each rank's part of a bucket's vector begins and ends."""
+        return list(pairwise(bounds(self.lengths[number], self._topology.world_size)))
+
+    def wire_bytes(self, value_bytes: int) -> list[int]:
+        """The bytes that this rank sends in a step, for each bucket."""
+        rank, num_others = self._topology.rank, self._topology.world_size - 1
+        mine = [end - start for start, end in (self.parts(number)[rank] for number in range(len(self.lengths)))]
+        return [
+            value_bytes * (len(self.nodes[rank]) * (whole - part) + num_others * part)
+            for whole, part in zip(self.lengths, mine, strict=True)
+        ]
+
+    def counted(self, scalars: Sequence[Any], squared_norm: Any, value_bytes: int) -> StepMetrics:
+        """Counts a step; returns its metrics.
+
+        Args:
+            scalars: the summed scalars of the last bucket.
+            squared_norm: () the squared norm of the summed gradients.
+            value_bytes: bytes of one value.
+        """
+        loss, stop, local_grad_sqnorm, overflow = scalars
+        loss_scale = self._scaler.counters.loss_scale
+        self._scaler.count(overflow > 0 if self.options.finds_nonfinite else False)
+        return StepMetrics(
+            loss,
+            stop,
+            local_grad_sqnorm,
+            overflow,
+            squared_norm,
+            tuple(self.wire_bytes(value_bytes)),
+            loss_scale=loss_scale,
+            skipped_steps=self._scaler.counters.skipped_steps,
+        )

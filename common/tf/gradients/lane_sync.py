@@ -1,13 +1,12 @@
 """Sums gradients to the same bits for all numbers of ranks."""
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
-from common.distributed.topology import Topology, bounds
+from common.distributed.topology import Topology
 from common.gradients import bucketing
-from common.gradients.gradient_sync import CountedSync, SyncOptions
-from common.gradients.lanes import Node, TreeSum, nodes_of
+from common.gradients.gradient_sync import SyncOptions
+from common.gradients.lanes import LaneExchange, Node, TreeSum
 from common.gradients.step_metrics import NUM_SCALARS, StepMetrics
 from common.tf.gradients import norms
 from common.tf.gradients.buckets import BucketBuffers
@@ -18,7 +17,7 @@ import keras
 import tensorflow as tf
 
 
-class LaneSync(CountedSync):
+class LaneSync(LaneExchange):
     """Sums the gradients of lanes along one tree (common/gradients/lanes.py): the GradientSync of reproducible runs.
 
     A rank computes its lanes one after another, and each lane's gradients are kept apart. Then each rank adds up one
@@ -44,10 +43,8 @@ class LaneSync(CountedSync):
         value_bytes = self._dtype.size
         self.buckets = bucketing.of_model(shapes, value_bytes, options.compression, options.op, options.bucket_bytes)
         self._buffers = BucketBuffers(shapes, self.buckets, self._dtype)
-        self._nodes = [nodes_of(rank, topology.world_size, topology.num_lanes) for rank in range(topology.world_size)]
-        lengths = [bucket.num_values for bucket in self.buckets]
-        lengths[-1] += NUM_SCALARS
-        self._starts = [bounds(length, topology.world_size) for length in lengths]
+        *others, last = (bucket.num_values for bucket in self.buckets)
+        self.lengths = [*others, last + NUM_SCALARS]
         self._pack, self._clip = tf.function(self._packed), tf.function(norms.clip)
         self._finish = tf.function(self._finished)
         self.gradients: list[tf.Tensor] = []
@@ -114,11 +111,11 @@ class LaneSync(CountedSync):
 
     def _exchanged(self, number: int) -> tf.Tensor:
         """The sum of a bucket's vectors of all lanes."""
-        nodes, pieces = self._sums[number].nodes, list(pairwise(self._starts[number]))
-        message = tf.concat([value[start:end] for start, end in pieces for _, value in nodes], 0)
-        splits = [len(nodes) * (end - start) for start, end in pieces]
+        nodes, parts = self._sums[number].nodes, self.parts(number)
+        message = tf.concat([value[start:end] for start, end in parts for _, value in nodes], 0)
+        splits = [len(nodes) * (end - start) for start, end in parts]
         received, _ = hvd.alltoall(message, splits, name=f"lanes.nodes.{number}")
-        of_all, tree = [node for of_rank in self._nodes for node in of_rank], self._tree()
+        of_all, tree = [node for of_rank in self.nodes for node in of_rank], self._tree()
         for node, value in zip(of_all, tf.split(received, len(of_all)), strict=True):
             tree.push(node, value)
         ((_, part),) = tree.nodes
@@ -128,27 +125,5 @@ class LaneSync(CountedSync):
         *others, last = sums
         last, scalars = tf.split(last, [-1, NUM_SCALARS])
         gradients = self._buffers.unpack([*others, last])
-        loss, stop, local_grad_sqnorm, overflow = tf.unstack(scalars, NUM_SCALARS)
-        loss_scale = self._scaler.counters.loss_scale
-        self._scaler.count(overflow > 0 if self.options.finds_nonfinite else False)
-        metrics = StepMetrics(
-            loss,
-            stop,
-            local_grad_sqnorm,
-            overflow,
-            norms.squared_norm(gradients) if self.options.measure_noise else 0.0,
-            self._wire_bytes(),
-            loss_scale=loss_scale,
-            skipped_steps=self._scaler.counters.skipped_steps,
-        )
-        return metrics, gradients
-
-    def _wire_bytes(self) -> tuple[int, ...]:
-        """The bytes that this rank sends in a step, for each bucket."""
-        rank, num_others = self._topology.rank, self._topology.world_size - 1
-        mine = [starts[rank + 1] - starts[rank] for starts in self._starts]
-        wholes, num_nodes = [starts[-1] for starts in self._starts], len(self._nodes[rank])
-        return tuple(
-            self._dtype.size * (num_nodes * (whole - part) + num_others * part)
-            for whole, part in zip(wholes, mine, strict=True)
-        )
+        squared_norm = norms.squared_norm(gradients) if self.options.measure_noise else 0.0
+        return self.counted(tf.unstack(scalars, NUM_SCALARS), squared_norm, self._dtype.size), gradients

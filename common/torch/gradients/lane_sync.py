@@ -1,12 +1,11 @@
 """Sums gradients to the same bits for all numbers of ranks."""
 
 from collections.abc import Iterable
-from itertools import pairwise
 
-from common.distributed.topology import Topology, bounds
+from common.distributed.topology import Topology
 from common.gradients import bucketing
-from common.gradients.gradient_sync import CountedSync, SyncOptions
-from common.gradients.lanes import Node, TreeSum, nodes_of
+from common.gradients.gradient_sync import SyncOptions
+from common.gradients.lanes import LaneExchange, Node, TreeSum
 from common.gradients.step_metrics import StepMetrics
 from common.torch.gradients import norms
 from common.torch.gradients.buckets import BucketBuffers
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 
-class LaneSync(CountedSync):
+class LaneSync(LaneExchange):
     """Sums the gradients of lanes along one tree (common/gradients/lanes.py): the GradientSync of reproducible runs.
 
     A rank computes its lanes one after another, and each lane's gradients are kept apart. Then each rank adds up one
@@ -41,8 +40,7 @@ class LaneSync(CountedSync):
         value_bytes = self._parameters[0].element_size()
         self.buckets = bucketing.of_model(shapes, value_bytes, options.compression, options.op, options.bucket_bytes)
         self._buffers = BucketBuffers(self._parameters, self.buckets)
-        self._nodes = [nodes_of(rank, topology.world_size, topology.num_lanes) for rank in range(topology.world_size)]
-        self._starts = [bounds(len(message), topology.world_size) for message in self._buffers.messages]
+        self.lengths = list(map(len, self._buffers.messages))
         self._sums: list[TreeSum[Tensor]] = []
 
     def zero(self) -> None:
@@ -74,20 +72,9 @@ class LaneSync(CountedSync):
 
     def synchronize(self) -> StepMetrics:
         """Sums the gradients of all lanes; returns the metrics of the step, the same on all ranks."""
-        wire_bytes = self._exchange()
-        loss, stop, local_grad_sqnorm, overflow = self._buffers.scalars.unbind()
-        loss_scale, values = self._scaler.counters.loss_scale, self._buffers.values
-        self._scaler.count(overflow > 0 if self.options.finds_nonfinite else False)
-        return StepMetrics(
-            loss,
-            stop,
-            local_grad_sqnorm,
-            overflow,
-            norms.norm(values) ** 2 if self.options.measure_noise else 0.0,
-            wire_bytes,
-            loss_scale=loss_scale,
-            skipped_steps=self._scaler.counters.skipped_steps,
-        )
+        self._exchange()
+        squared_norm = norms.norm(self._buffers.values) ** 2 if self.options.measure_noise else 0.0
+        return self.counted(self._buffers.scalars.unbind(), squared_norm, self._buffers.scalars.element_size())
 
     def clip_norm(self, max_norm: float) -> None:
         """Scales the summed gradients down to a global L2 norm of max_norm if theirs is larger; 0: no clipping."""
@@ -109,31 +96,26 @@ class LaneSync(CountedSync):
     def _tree(self) -> TreeSum[Tensor]:
         return TreeSum(self._topology.num_lanes, Tensor.add_)
 
-    def _exchange(self) -> list[int]:
-        """Sums each bucket's vectors of all lanes; returns the bytes that this rank has sent, for each bucket."""
+    def _exchange(self) -> None:
+        """Sums each bucket's vectors of all lanes."""
         sent = [self._send(number) for number in range(len(self.buckets))]
         parts = [self._part(number, hvd.synchronize(handle)[0]) for number, handle in enumerate(sent)]
         gathered = [hvd.allgather_async(part, name=f"lanes.sums.{number}") for number, part in enumerate(parts)]
         self._buffers.adopt_all()
         self._buffers.receive({number: hvd.synchronize(handle) for number, handle in enumerate(gathered)})
-        num_nodes, num_others = len(self._nodes[self._topology.rank]), self._topology.world_size - 1
-        return [
-            part.element_size() * (num_nodes * (len(message) - len(part)) + num_others * len(part))
-            for message, part in zip(self._buffers.messages, parts, strict=True)
-        ]
 
     def _send(self, number: int) -> int:
         """Sends to each rank its part of this rank's nodes."""
-        nodes, pieces = self._sums[number].nodes, list(pairwise(self._starts[number]))
-        message = torch.cat([value[start:end] for start, end in pieces for _, value in nodes])
-        splits = torch.tensor([len(nodes) * (end - start) for start, end in pieces], dtype=torch.int32)
+        nodes, parts = self._sums[number].nodes, self.parts(number)
+        message = torch.cat([value[start:end] for start, end in parts for _, value in nodes])
+        splits = torch.tensor([len(nodes) * (end - start) for start, end in parts], dtype=torch.int32)
         return hvd.alltoall_async(message, splits, name=f"lanes.nodes.{number}")
 
     def _part(self, number: int, received: Tensor) -> Tensor:
         """This rank's part of the sum of all lanes; received are its parts of all nodes, in the order of the ranks."""
-        nodes, tree = [node for of_rank in self._nodes for node in of_rank], self._tree()
-        length = self._starts[number][self._topology.rank + 1] - self._starts[number][self._topology.rank]
-        for node, value in zip(nodes, received.view(len(nodes), length), strict=True):
+        nodes, tree = [node for of_rank in self.nodes for node in of_rank], self._tree()
+        start, end = self.parts(number)[self._topology.rank]
+        for node, value in zip(nodes, received.view(len(nodes), end - start), strict=True):
             tree.push(node, value)
         ((_, part),) = tree.nodes
         return part
