@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import kept
+from recipes.commands import elastic_demo
 
 NUM_RANKS = 2
-HOSTS = "#!/bin/sh\necho localhost:1\necho 127.0.0.1:1\n"
-ELASTIC = ("--min-np", "1", "--max-np", "2", "--network-interfaces", "lo", "--blacklist-cooldown-range", "1", "2")
 SECONDS_BETWEEN_CHECKPOINTS = 10
 FEW_STEPS = 100
 
@@ -97,10 +96,7 @@ class _Job:
 
     def __init__(self, framework: str, folder: Path) -> None:
         self._module, self._folder, self._number = f"recipes.transformer_lm_{framework}", folder, 0
-        script = folder / "hosts.sh"
-        script.write_text(HOSTS)
-        script.chmod(0o755)
-        self._elastic = [*ELASTIC, "--host-discovery-script", str(script)]
+        self._elastic = elastic_demo.two_hosts(folder)
 
     def plain(self, num_steps: int) -> dict[str, Any]:
         return self._train([], [], num_steps)
