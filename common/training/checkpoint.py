@@ -193,9 +193,7 @@ class Checkpoints:
                 self._writing = self._writer.submit(
                     self._write, step.number, *arrays, self._state_at(step.end, sampler)
                 )
-                _last[:] = [self._writing]
-                _unfinished.add(self._writing)
-                self._writing.add_done_callback(_unfinished.discard)
+                _unfinished[:] = [*(future for future in _unfinished if not future.done()), self._writing]
                 if is_last:
                     self._wait()
 
@@ -279,19 +277,17 @@ class Checkpoints:
                 yield f"{key}={new.get(key)}: is {before} in {checkpoint.folder}; {_remedy(key)}"
 
 
-_unfinished: set[Future[None]] = set()
-_last: list[Future[None]] = []  # the last one of all
+_unfinished: list[Future[None]] = []  # and the last one
 
 
-def finish_writing() -> None:
-    """Waits until no checkpoint is being written any more; needed before an exit that skips Python's cleanup."""
-    wait(list(_unfinished))
+def finish_writing() -> str:
+    """Waits until no checkpoint is being written any more; needed before an exit that skips Python's cleanup.
 
-
-def problem_of_writing() -> str:
-    """Why the last checkpoint could not be written; empty if it was."""
-    error = next((future.exception() for future in _last if future.done()), None)
-    return str(error) if error else ""
+    Returns:
+        Why the last one could not be written; empty if it was.
+    """
+    wait(_unfinished)
+    return next((str(future.exception()) for future in _unfinished[-1:] if future.exception()), "")
 
 
 def _divides(every: int, step: int) -> bool:

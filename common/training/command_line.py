@@ -92,8 +92,7 @@ def _trained(train: Callable[[Any], Any], task: str, runtime: Runtime, words: Se
             time.sleep(SECONDS_TO_GIVE_WAY)
             sys.exit(1)
         _say(topology, "a rank is lost")
-    checkpoint.finish_writing()
-    if problem := checkpoint.problem_of_writing():
+    if problem := checkpoint.finish_writing():
         print(f"a checkpoint could not be written: {problem}", file=sys.stderr, flush=True)
     preemption.announce_change(False)  # what is announced from now on may not be known to the next start
     runtime.shutdown()
