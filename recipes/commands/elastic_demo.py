@@ -41,6 +41,9 @@ def main(words: Sequence[str]) -> None:
     arguments = parse(Arguments, words)
     if shutil.which("horovodrun") is None:
         raise ConfigError(["horovodrun: not found; run make setup, and source .venv/bin/activate"])
+    names = sorted(path.stem for path in Path(__file__).parents[1].glob("mnist_*.py"))
+    if arguments.recipe not in names:
+        raise ConfigError([f"recipe={arguments.recipe}: choose {'|'.join(names)}"])
     if not 1 <= arguments.kill_at < STEPS:
         raise ConfigError([f"kill_at={arguments.kill_at}: must be a step from 1 to {STEPS - 1}"])
     with tempfile.TemporaryDirectory() as name:

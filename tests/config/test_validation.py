@@ -147,6 +147,10 @@ def test_a_mistake_has_its_message(task: str, num_ranks: int, overrides: str, me
     assert problem.startswith(message)
 
 
+def test_an_elastic_run_may_shrink_to_one_rank_while_its_batch_grows() -> None:
+    check(1, "mnist_mlp", "train.batch_schedule=noise_scale", "elastic=true")
+
+
 def test_all_mistakes_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as error:
         check(2, "mnist_mlp", "optimizer.lr=-0.1", "train.epochs=0")

@@ -39,6 +39,21 @@ def test_what_cannot_succeed_is_given_up(tmp_path: Path) -> None:
         assert (job.returncode, message in job.stdout) == (2, True), job.stdout
 
 
+def test_a_signal_between_two_starts_ends_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import sys; sys.exit(7)", f"run.dir={tmp_path}"]
+    with subprocess.Popen(
+        [*SUPERVISE, "backoff=30", "--", *command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as job:
+        assert job.stdout
+        assert "starting again from the beginning in 30 s" in job.stdout.readline()
+        job.send_signal(signal.SIGTERM)
+        assert (job.communicate(timeout=20)[0], job.returncode) == ("", 143)
+
+
 def test_a_signal_is_passed_on(tmp_path: Path) -> None:
     command = ["horovodrun", "--gloo", "-np", "2", sys.executable, "-m", f"recipes.mnist_mlp_{FRAMEWORKS[0]}"]
     command += [f"run.dir={tmp_path}", "train.epochs=1000", "chaos=slow:seconds=0.05"]
