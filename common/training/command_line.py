@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from common.config.composition import compose, group_options
 from common.config.layout import arranged, process_sets
@@ -68,35 +68,46 @@ def _trained(train: Callable[[Any], Any], task: str, runtime: Runtime, words: Se
         train(cfg)
         return True
     except (ConfigError, TrainingError, Stopped) as error:  # usually raised by all ranks together
-        if topology.rank == 0:
-            checkpoint.finish_writing()
-            print(error, file=sys.stderr, flush=True)
-        # After rank 0 has printed, all ranks exit together and without Python's cleanup: shortly after the first rank
-        # exits, the launcher ends the others, and these would exit with another status.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if _meet(runtime):
-            runtime.shutdown()
-        elif topology.rank > 0:
-            print(error, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(_STATUS[type(error)])
+        _end_together(error, topology, runtime)
     except RanksChanged:
         _say(topology, "ranks join or leave")
     except Exception as error:
         if not runtime.is_lost_rank(error):
             raise
         if not launcher_env.is_elastic():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ends the remaining ranks
-            print(f"rank {topology.rank} stops: another rank has left the job", file=sys.stderr, flush=True)
-            # The job's status is that of the first rank to exit: let the rank that failed exit first.
-            time.sleep(SECONDS_TO_GIVE_WAY)
-            sys.exit(1)
+            _give_way(topology)
         _say(topology, "a rank is lost")
     if problem := checkpoint.finish_writing():
         print(f"a checkpoint could not be written: {problem}", file=sys.stderr, flush=True)
     preemption.announce_change(False)  # what is announced from now on may not be known to the next start
     runtime.shutdown()
     return False
+
+
+def _end_together(error: ConfigError | TrainingError | Stopped, topology: Topology, runtime: Runtime) -> NoReturn:
+    """Ends all ranks with the status of an error.
+
+    After rank 0 has printed, all ranks exit together and without Python's cleanup: shortly after the first rank exits,
+    the launcher ends the others, and these would exit with another status.
+    """
+    if topology.rank == 0:
+        checkpoint.finish_writing()
+        print(error, file=sys.stderr, flush=True)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if _meet(runtime):
+        runtime.shutdown()
+    elif topology.rank > 0:
+        print(error, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(_STATUS[type(error)])
+
+
+def _give_way(topology: Topology) -> NoReturn:
+    """Ends a rank because another one has left: after it, as the job's status is that of the first rank to exit."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ends the remaining ranks
+    print(f"rank {topology.rank} stops: another rank has left the job", file=sys.stderr, flush=True)
+    time.sleep(SECONDS_TO_GIVE_WAY)
+    sys.exit(1)
 
 
 def _say(topology: Topology, what: str) -> None:

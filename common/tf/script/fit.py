@@ -238,7 +238,7 @@ class _Distributed:
                 checks.check_assigned(self._variables(), "give it to a metric or a layer of the model")
                 return self._results.of_step(outputs, origins)
 
-        has_own_code = probe.has_own_code(self._model)
+        has_own_code = step == self._model.train_step and probe.has_own_code(self._model)
         return self._ranks.train(recorded, data, self._state)
 
     def _variables(self) -> list[keras.Variable]:

@@ -64,7 +64,8 @@ def data_parallel(
     @tf.function
     def on_ranks(*args: Any, **kwargs: Any) -> Any:
         def averaged(rows: Any) -> Any:
-            checks.suspect(probe.is_of_whole_batch(unpacked, rows, variables, model), checks.NO_MEANS)
+            if optimizers:
+                checks.suspect(probe.is_of_whole_batch(unpacked, rows, variables, model), checks.NO_MEANS)
             values = unpacked(rows)
             checks.check_assigned(variables(), "pass data_parallel(metrics=[...])")
             return None if values is None else means(values)
@@ -77,15 +78,12 @@ def data_parallel(
     @functools.wraps(step)
     def called(*args: Any, **kwargs: Any) -> Any:
         with checks.refusals(topology):
-            return begun(*args, **kwargs)
-
-    def begun(*args: Any, **kwargs: Any) -> Any:
-        if not has_begun:
-            has_begun.append(True)
-            states = [variable for optimizer in optimizers if optimizer.built for variable in optimizer.variables]
-            runtime.broadcast_variables([*model.variables, *states])
-            checks.begin_epoch()
-        return on_ranks(*args, **kwargs)
+            if not has_begun:
+                has_begun.append(True)
+                states = [variable for optimizer in optimizers if optimizer.built for variable in optimizer.variables]
+                runtime.broadcast_variables([*model.variables, *states])
+                checks.begin_epoch()
+            return on_ranks(*args, **kwargs)
 
     return called
 
