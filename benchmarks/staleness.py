@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def on_rank(framework: str, max_staleness: int, epochs: int, folder: Path) -> No
     runtime: Any = importlib.import_module(f"common.{framework}.distributed.runtime")
     recipe: Any = importlib.import_module(f"recipes.mnist_mlp_{framework}")
     asynchronous = ["parallel.mode=async", f"parallel.max_staleness={max_staleness}"]
-    place, rule = launched_topology(), recipe.learning_rate
+    place = launched_topology()
     training = [*TRAINING, f"train.epochs={epochs}"]
     cfg = compose("mnist_mlp", training)
     runtime.init(process_sets(arranged(place, cfg), cfg))
@@ -46,14 +45,8 @@ def on_rank(framework: str, max_staleness: int, epochs: int, folder: Path) -> No
         ("async, one slow", asynchronous, True),
     ]
     for number, (name, overrides, is_slow) in enumerate(runs):
-        sleeps = (SLOWER - 1) * seconds if is_slow and place.rank == NUM_RANKS - 1 else 0.0
-
-        def slowed(*arguments: Any, sleeps: float = sleeps) -> Any:  # called once in a step
-            time.sleep(sleeps)
-            return rule(*arguments)
-
-        recipe.learning_rate = slowed
-        summary = recipe.train(compose("mnist_mlp", [*training, *overrides, f"run.dir={folder / str(number)}"]))
+        slow = [f"chaos=slow:rank={NUM_RANKS - 1},seconds={(SLOWER - 1) * seconds}"] if is_slow else []
+        summary = recipe.train(compose("mnist_mlp", [*training, *overrides, *slow, f"run.dir={folder / str(number)}"]))
         of_ranks = runtime.allgather_object(summary["step_seconds_median"])
         others = sorted(of_ranks[1:-1])[0]
         seconds = seconds or others
