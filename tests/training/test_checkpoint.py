@@ -236,6 +236,7 @@ def test_without_a_sound_checkpoint_nothing_is_started_or_overwritten(tmp_path: 
         (["seed=1"], "seed=1: is 0 in"),
         (["train.epochs=21"], "train.epochs=21: is 20 in"),
         (["data.max_shift=1"], "data.max_shift=1: is 0 in"),
+        (["train.reproducible=true"], "train.reproducible=True: is False in"),
     ],
 )
 def test_what_would_change_the_curve_must_be_named(tmp_path: Path, overrides: list[str], message: str) -> None:
@@ -253,7 +254,22 @@ def test_what_does_not_change_the_curve_may_change(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         run(tmp_path, stop_at=5)
     changes = ["train.log_every=7", "train.checkpoint_every=0", "parallel.num_micro_batches=2", "data.ledger=true"]
+    changes += ["train.lanes=4", "train.commit_every=3", "chaos=kill:step=900"]
     run(tmp_path, *changes, "train.on_nonfinite=skip")
+
+
+def test_a_checkpoint_from_before_lanes_is_resumed(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        run(tmp_path, stop_at=5)
+    path = tmp_path / "checkpoints/step-00000005/state.json"
+    state = json.loads(path.read_text())
+    for key in ("reproducible", "lanes", "commit_every"):
+        del state["config"]["train"][key]
+    state["sha256"]["state.json"] = checkpoint_files.state_sha256(state)
+    path.write_text(json.dumps(state))
+    with pytest.raises(ConfigError, match=r"train.reproducible=True: is False in"):
+        run(tmp_path, "train.reproducible=true")
+    assert run(tmp_path).weight[0] == 10
 
 
 def test_other_examples_or_another_task_are_refused(tmp_path: Path) -> None:
