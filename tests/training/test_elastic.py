@@ -79,6 +79,10 @@ def test_elastic_runs_need_an_elastic_launcher(tmp_path: Path) -> None:
     job = horovodrun(2, "-m", recipe, options=elastic_options(tmp_path, 1))
     assert "elastic=false: horovodrun was started with --min-np" in job.stdout
     assert job.returncode == 2, job.stdout
+    name, start = ("loop", "start") if FRAMEWORKS[0] == "torch" else ("fit", "init")
+    script = f"from horovod_recipes import {name}; {name}.{start}()"
+    job = horovodrun(2, "-c", script, options=elastic_options(tmp_path, 1))
+    assert (job.returncode, "only recipes go on when ranks leave or join" in job.stdout) == (2, True), job.stdout
 
 
 @long

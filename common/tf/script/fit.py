@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from common.distributed import noise_kind
+from common.distributed import launcher_env, noise_kind
 from common.distributed.topology import Topology
 from common.errors import ConfigError
 from common.gradients.gradient_sync import SyncOptions
@@ -40,6 +40,7 @@ def init(seed: int = 0, noise: str = "batch") -> Topology:
     """
     topology = runtime.init()
     with checks.refusals(topology):
+        launcher_env.check_not_elastic()
         noise_kind.choose(noise)
     keras.utils.set_random_seed(seed)
     if topology.world_size > 1:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-from common.distributed import noise_kind
+from common.distributed import launcher_env, noise_kind
 from common.distributed.topology import Topology
 from common.errors import ConfigError, TrainingError
 from common.gradients.gradient_sync import SyncOptions
@@ -56,6 +56,7 @@ def start(
         random.seed(seed)
         np.random.seed(seed)
     with _refusals(topology):
+        launcher_env.check_not_elastic()
         if losses not in ("mean", "sum"):
             raise ConfigError([f"losses={losses!r}: choose from mean, sum"])
         noise_kind.choose(noise)
