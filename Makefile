@@ -34,7 +34,7 @@ ARGS ?=
 SECONDS ?= 60
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: help setup train test wheel wheel-check stress scripts reproducible elastic elastic-demo upstream-tests lint bench clean
+.PHONY: help setup train test wheel wheel-check stress scripts reproducible elastic simulate elastic-demo upstream-tests lint bench clean
 
 help: ## list the targets and the options
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -66,6 +66,9 @@ scripts: setup ## scripts of one's own on 2 and 3 ranks give what their authors 
 
 reproducible: setup ## train.reproducible=true gives the same bits in 12 layouts and 4 resumes, for two tasks (10 minutes)
 	$(IN_VENV) REPRODUCIBLE=all python -m pytest tests/training/test_reproducible.py
+
+simulate: setup ## 10,000 runs in a simulation, each with other failures drawn from its seed (5 minutes)
+	$(IN_VENV) python -m tests.simulation seeds=0-9999
 
 elastic-demo: setup ## two local hosts, of which one is lost and comes back: what happens, and what it costs (1 minute)
 	$(IN_VENV) python -m recipes elastic-demo

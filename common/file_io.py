@@ -96,6 +96,24 @@ def sync_path(path: Path) -> None:
         os.close(handle)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder that may exist, and those above it; waits until its name is on the disk."""
+    if not path.parent.exists():
+        make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    sync_path(path.parent)
+
+
+def replace(path: Path, content: str) -> None:
+    """Writes a file, whose name has either its old contents or the new ones at any time."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with unfinished.open("wb") as file:
+        file.write(content.encode())
+        sync(file)
+    unfinished.rename(path)
+    sync_path(path.parent)
+
+
 def unused(path: Path) -> Path:
     """The path, or the path with a number appended if it already exists."""
     paths = chain([path], (path.with_name(f"{path.name}.{number}") for number in count(2)))

@@ -5,7 +5,7 @@ composed by common/config/composition.py and checked by common/config/validation
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
@@ -527,8 +527,10 @@ def to_yaml(cfg: RunConfig) -> str:
 
 def to_dict(cfg: RunConfig) -> dict[str, Any]:
     """The resolved configuration as nested dicts of JSON values."""
-    content: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)  # type: ignore[assignment]
-    return content
+    return asdict(
+        cfg,
+        dict_factory=lambda items: {name: value.name if isinstance(value, Enum) else value for name, value in items},
+    )
 
 
 def leaves(container: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,9 +24,12 @@ class Ledger:
 
     def __init__(self, folder: Path, sampler: TrainingSampler) -> None:
         start, rank = sampler.start.step, sampler.topology.rank
-        self._path = folder / "ledger" / f"from-step-{start + 1:08}.rank-{rank:04}.jsonl"
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text("")
+        path = folder / "ledger" / f"from-step-{start + 1:08}.rank-{rank:04}.jsonl"
+        file_io.make_folder(path.parent)
+        # It stays open: what a rank of an earlier job still writes is then in a file that drop() has removed.
+        self._file = path.open("w", buffering=1)
+        weakref.finalize(self, self._file.close)
+        file_io.sync_path(path.parent)
         self._num_examples = sampler.num_examples
         offset = sampler.start.offset
         self._write({"num_examples": sampler.num_examples, "resampled": sampler.classes is not None, "offset": offset})
@@ -36,15 +40,16 @@ class Ledger:
         self._write({"step": step.number, "epoch": step.epoch, "used": used, "examples": step.examples.tolist()})
 
     def _write(self, line: dict[str, object]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(line) + "\n")
 
 
 def drop(folder: Path, start: int) -> None:
     """Removes the files of launches that began after step `start`; the run repeats these steps."""
-    for path in _paths(folder):
-        if _first_step(path) > start:
-            path.unlink()
+    later = [path for path in _paths(folder) if _first_step(path) > start]
+    for path in later:
+        path.unlink()
+    if later:
+        file_io.sync_path(folder / "ledger")
 
 
 @dataclass(frozen=True)

@@ -68,15 +68,18 @@ def raise_on_all_ranks(gather: Callable[[Any], list[Any]]) -> Iterator[None]:
     except TrainingError as error:
         failures = [str(error)]
     except OSError as error:
-        problems = [
-            f"{error.filename}: {error.strerror}; choose a path that can be used (run.dir, data.root, data.path)"
-        ]
+        problems = [unusable(error)]
     everyones = gather([problems, failures])
     all_problems, all_failures = (list(dict.fromkeys(chain(*kind))) for kind in zip(*everyones, strict=True))
     if all_problems:
         raise ConfigError(all_problems) from None
     if all_failures:
         raise TrainingError("\n".join(all_failures)) from None
+
+
+def unusable(error: OSError) -> str:
+    """The problem of a file or folder that cannot be used."""
+    return f"{error.filename}: {error.strerror}; choose a path that can be used (run.dir, data.root, data.path)"
 
 
 def check_alike(facts: Mapping[str, Any], gather: Callable[[Any], list[Any]]) -> None:

@@ -122,7 +122,9 @@ class Checkpoints:
     def commit_start(self, sampler: TrainingSampler) -> None:
         """With elastic=true: gives each rank the state of the start in memory, also those that have just joined."""
         if self._cfg.elastic:
-            self._commit(sampler.start, sampler)
+            arrays = self._commit(sampler.start, sampler)
+            if sampler.progress(sampler.start) >= 1:  # rank 0 was lost with the last checkpoint, or after it
+                self._save(sampler.start, arrays, sampler, is_last=True)
 
     def _commit(self, position: SamplerState, sampler: TrainingSampler) -> tuple[Arrays, Arrays, Arrays]:
         arrays = self._state.weights(), self._state.optimizer_state(), self._state.gradients()
@@ -146,7 +148,7 @@ class Checkpoints:
 
     def _begin(self, start: int) -> None:
         """Locks the run folder, and removes or moves aside its records of steps after `start`."""
-        self._run_folder.mkdir(parents=True, exist_ok=True)
+        file_io.make_folder(self._run_folder)
         run_lock.hold(self._run_folder)
         example_log.drop(self._run_folder, start)
         checkpoint_files.set_aside(self._folder, start)
@@ -170,10 +172,11 @@ class Checkpoints:
         if not is_due and not is_commit:
             return
         with goodput.losing("checkpoint"):
+            self._sync_records()
             arrays = self._commit(step.end, sampler)
             goodput.committed(step.number)
             if is_due:
-                self._save(step, arrays, sampler, is_last=is_over or is_stop)
+                self._save(step.end, arrays, sampler, is_last=is_over or is_stop)
         if is_stop:
             raise Stopped(
                 f"stopped at step {step.number}, as asked by a signal; the same command with "
@@ -182,16 +185,25 @@ class Checkpoints:
         if is_change:
             raise RanksChanged
 
-    def _save(self, step: Step, arrays: tuple[Arrays, Arrays, Arrays], sampler: TrainingSampler, is_last: bool) -> None:
+    def _sync_records(self) -> None:
+        """After a power cut, log and ledger must reach as far as any state from which the run can go on."""
+        records = list((self._run_folder / "ledger").glob(f"*.rank-{self._rank:04}.jsonl"))
+        if self._rank == 0:
+            records.append(self._run_folder / "metrics.jsonl")
+        with self._runtime.raise_on_all_ranks():
+            for path in records:
+                file_io.sync_path(path)
+
+    def _save(
+        self, position: SamplerState, arrays: tuple[Arrays, Arrays, Arrays], sampler: TrainingSampler, is_last: bool
+    ) -> None:
         """Writes a checkpoint in the background; the last one, before it returns."""
-        for path in (self._run_folder / "ledger").glob(f"*.rank-{self._rank:04}.jsonl"):
-            file_io.sync_path(path)
         with self._runtime.raise_on_all_ranks():
             if self._rank == 0:
                 self._wait()
-                check_finite(step.number, *arrays)
+                check_finite(position.step, *arrays)
                 self._writing = self._writer.submit(
-                    self._write, step.number, *arrays, self._state_at(step.end, sampler)
+                    self._write, position.step, *arrays, self._state_at(position, sampler)
                 )
                 _unfinished[:] = [*(future for future in _unfinished if not future.done()), self._writing]
                 if is_last:
@@ -207,10 +219,9 @@ class Checkpoints:
     def _write(
         self, step: int, weights: Arrays, optimizer_state: Arrays, gradients: Arrays, state: dict[str, Any]
     ) -> None:
-        record = self._run_folder / "metrics.jsonl"
-        if record.exists():  # after a power cut, the log must reach at least as far as the newest checkpoint
-            file_io.sync_path(record)
-        checkpoint_files.write(self._folder / f"step-{step:08}", weights, optimizer_state, gradients, state)
+        folder = self._folder / f"step-{step:08}"
+        if not folder.exists():
+            checkpoint_files.write(folder, weights, optimizer_state, gradients, state)
         for old in checkpoint_files.saved(self._folder)[: -self._cfg.train.keep_checkpoints]:
             shutil.rmtree(old)
 

@@ -49,7 +49,8 @@ def write(folder: Path, weights: Arrays, optimizer_state: Arrays, gradients: Arr
     for leftover in folder.parent.glob(".*.unfinished"):
         shutil.rmtree(leftover)
     unfinished = folder.with_name(f".{folder.name}.unfinished")
-    unfinished.mkdir(parents=True)
+    file_io.make_folder(folder.parent)
+    unfinished.mkdir()
     files = {WEIGHTS: weights, OPTIMIZER: optimizer_state, GRADIENTS: gradients}
     hashes = {name: _write_arrays(unfinished / name, arrays) for name, arrays in files.items()}
     hashes[STATE] = state_sha256(state)
@@ -196,11 +197,13 @@ def set_aside(folder: Path, start: int) -> None:
 
     They belong to another branch of the run, and would be mistaken for newer than the checkpoints to come.
     """
-    for path in saved(folder):
-        if int(path.name.removeprefix("step-")) > start:
-            abandoned = folder / "abandoned"
-            abandoned.mkdir(exist_ok=True)
+    later = [path for path in saved(folder) if int(path.name.removeprefix("step-")) > start]
+    if later:
+        abandoned = folder / "abandoned"
+        file_io.make_folder(abandoned)
+        for path in later:
             path.rename(file_io.unused(abandoned / path.name))
+        file_io.sync_path(folder)
 
 
 def find(path: Path) -> Checkpoint:

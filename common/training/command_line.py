@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -15,7 +16,7 @@ from common.config.composition import compose, group_options
 from common.config.layout import arranged, process_sets
 from common.config.schema import RunConfig, to_yaml
 from common.distributed import launcher_env
-from common.distributed.consensus import Runtime
+from common.distributed.consensus import Runtime, unusable
 from common.distributed.launcher_env import are_hosts_alike, launched_topology
 from common.distributed.topology import Topology
 from common.errors import ConfigError, Stopped, TrainingError
@@ -69,6 +70,10 @@ def _trained(train: Callable[[Any], Any], task: str, runtime: Runtime, words: Se
         return True
     except (ConfigError, TrainingError, Stopped) as error:  # usually raised by all ranks together
         _end_together(error, topology, runtime)
+    except OSError as error:  # of this rank alone
+        if error.filename is None:
+            raise
+        _end_together(ConfigError([unusable(error)]), topology, runtime)
     except RanksChanged:
         _say(topology, "ranks join or leave")
     except Exception as error:
@@ -135,10 +140,16 @@ def _started(runtime: Runtime, process_sets: list[Sequence[int]], reproducible: 
 
 def _meet(runtime: Runtime) -> bool:
     """Whether all ranks arrive here; if a file is lost in the middle of training, one rank arrives alone."""
-    meeting = threading.Thread(target=runtime.broadcast_object, args=(None,), daemon=True)
+    arrived: list[Any] = []
+
+    def wait_for_others() -> None:
+        with suppress(Exception):  # they have left
+            arrived.append(runtime.broadcast_object(None))
+
+    meeting = threading.Thread(target=wait_for_others, daemon=True)
     meeting.start()
     meeting.join(SECONDS_TO_MEET)
-    return not meeting.is_alive()
+    return bool(arrived)
 
 
 def _needed_at_start(task: str, overrides: Sequence[str]) -> tuple[list[Sequence[int]], bool]:

@@ -29,7 +29,7 @@ def continue_from(path: Path, start: int) -> list[dict[str, Any]]:
             path.rename(aside)
             print(f"{path}: is damaged, and kept as {aside.name}: {problems[0]}", file=sys.stderr, flush=True)
     events = [event for event in events if event["step"] <= start]
-    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    file_io.replace(path, "".join(json.dumps(event) + "\n" for event in events))
     return events
 
 

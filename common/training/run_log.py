@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from common import file_io
 from common.config.schema import (
     BatchSchedule,
     LMConfig,
@@ -82,7 +83,6 @@ class RunLog:
     def _begin_record(self, recipe: str) -> None:
         """Writes the configuration, continues the log of an earlier launch, and prints the first lines."""
         sampler, start = self._sampler, self._sampler.start.step
-        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(to_yaml(self._cfg))
         events = metrics_file.continue_from(self.folder / "metrics.jsonl", start)
         shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
@@ -199,9 +199,7 @@ class RunLog:
             "completed": True,
         }
         if self._topology.rank == 0:
-            unfinished = self.folder / "summary.json.unfinished"
-            unfinished.write_text(json.dumps(summary, indent=2) + "\n")
-            unfinished.rename(self.folder / "summary.json")
+            file_io.replace(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
             if self._cfg.elastic:
                 self._progress.say(goodput.text())
             results = "  ".join(f"{name} {value:.4g}" for name, value in self._last.items() if name.startswith("test_"))

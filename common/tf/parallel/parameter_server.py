@@ -135,7 +135,7 @@ class WorkerSync(ServedSync):
         incoming = [messages.receive("reply", reply, server) for server in self._topology.servers]
         replies = [_unpacked(WeightReply, message.wait()) for message in incoming]
         first = replies[0][0]
-        if not self._is_synchronous and not math.isfinite(first.loss):
+        if not self._is_synchronous and not all(math.isfinite(reply.loss) for reply, _ in replies):
             raise TrainingError(NOT_FINITE)
         self._optimizer.received = [content for _, content in replies]
         if self._residual is not None and not first.overflow:  # a skipped step does not change the residual
