@@ -138,7 +138,7 @@ class Checkpoints:
             if self._rank == 0:
                 if self._run_folder.exists():
                     run_lock.hold(self._run_folder)
-                checkpoint = checkpoint or self._suitable()
+                checkpoint = self._newer_than(checkpoint) if checkpoint else self._suitable()
         restored: dict[str, Any] = self._runtime.broadcast_object(checkpoint.state if checkpoint else {})
         if restored:
             with self._runtime.raise_on_all_ranks():
@@ -187,9 +187,8 @@ class Checkpoints:
 
     def _sync_records(self) -> None:
         """After a power cut, log and ledger must reach as far as any state from which the run can go on."""
-        records = list((self._run_folder / "ledger").glob(f"*.rank-{self._rank:04}.jsonl"))
-        if self._rank == 0:
-            records.append(self._run_folder / "metrics.jsonl")
+        patterns = [f"ledger/*.rank-{self._rank:04}.jsonl", *["metrics.jsonl"] * (self._rank == 0)]
+        records = [path for pattern in patterns for path in self._run_folder.glob(pattern)]
         with self._runtime.raise_on_all_ranks():
             for path in records:
                 file_io.sync_path(path)
@@ -228,6 +227,14 @@ class Checkpoints:
     def _wait(self) -> None:
         if self._writing is not None:
             self._writing.result()
+
+    def _newer_than(self, commit: Checkpoint) -> Checkpoint:
+        """The newest checkpoint, if it is newer than the newest commit of the ranks that are left; or the commit."""
+        step = commit.state["position"]["step"]
+        if checkpoint_files.last_step(self._folder) <= step:
+            return commit
+        saved, _ = checkpoint_files.newest(self._run_folder)
+        return saved if saved and saved.state["position"]["step"] > step else commit
 
     def _suitable(self) -> Checkpoint | None:
         """The configured checkpoint, or None; raises a ConfigError if this run cannot resume from it."""

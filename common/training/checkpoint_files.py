@@ -188,8 +188,16 @@ def newest(run_folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def saved(folder: Path) -> list[Path]:
     """The checkpoints in a folder, in the order of their steps."""
-    numbers = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
-    return sorted((path for path in numbers if numbers[path].isdecimal()), key=lambda path: int(numbers[path]))
+    return sorted((path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()), key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def last_step(folder: Path) -> int:
+    """The step of the last checkpoint in a folder; 0 if there is none."""
+    return max(map(_step, saved(folder)), default=0)
 
 
 def set_aside(folder: Path, start: int) -> None:
@@ -197,7 +205,7 @@ def set_aside(folder: Path, start: int) -> None:
 
     They belong to another branch of the run, and would be mistaken for newer than the checkpoints to come.
     """
-    later = [path for path in saved(folder) if int(path.name.removeprefix("step-")) > start]
+    later = [path for path in saved(folder) if _step(path) > start]
     if later:
         abandoned = folder / "abandoned"
         file_io.make_folder(abandoned)

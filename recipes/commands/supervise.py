@@ -50,10 +50,10 @@ def main(words: Sequence[str]) -> None:
 
 
 def _supervised(command: Sequence[str], folder: Path, arguments: Arguments) -> int:
-    failures, newest = 0, _newest(folder)
+    failures, newest = 0, checkpoint_files.last_step(folder / "checkpoints")
     while (status := _started(command)) not in FINAL and not _signals:
-        failures = 1 if _newest(folder) > newest else failures + 1
-        newest = _newest(folder)
+        before, newest = newest, checkpoint_files.last_step(folder / "checkpoints")
+        failures = 1 if newest > before else failures + 1
         if failures > arguments.restarts:
             print(f"status {status}: {arguments.restarts} restarts without a newer checkpoint; giving up", flush=True)
             break
@@ -81,12 +81,6 @@ def _started(command: Sequence[str]) -> int:
         signal.signal(number, pass_on)
     status = process.wait()
     return status if status >= 0 else 128 - status
-
-
-def _newest(folder: Path) -> int:
-    """The step of the newest checkpoint; 0 if there is none."""
-    saved = checkpoint_files.saved(folder / "checkpoints")
-    return int(saved[-1].name.removeprefix("step-")) if saved else 0
 
 
 def _wait(seconds: float, folder: Path) -> None:

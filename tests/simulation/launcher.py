@@ -10,7 +10,9 @@ from common.distributed.topology import Topology
 from tests.simulation.network import ABORTED, Mesh, Runtime
 from tests.simulation.world import Process, World
 
+from horovod.runner.common.util.hosts import SlotInfo
 from horovod.runner.elastic.driver import ElasticDriver
+from horovod.runner.elastic.rendezvous import create_rendezvous_handler
 
 SECONDS_TO_BOOT = 1.0
 SECONDS_TO_TERMINATE = 5.0  # between SIGTERM and kill -9
@@ -104,6 +106,7 @@ class _ElasticLaunch:
         self._cluster, self._launcher, self._world = cluster, launcher, cluster.world
         self._mesh = Mesh(cluster.world, 0)
         self.driver = ElasticDriver(self, self, min_np, max_np, timeout=60, cooldown_range=(1, 2))
+        self._handler = create_rendezvous_handler(self.driver)
 
     def find_available_hosts_and_slots(self) -> dict[str, int]:
         """For the driver: the hosts that are there."""
@@ -151,8 +154,8 @@ class _ElasticLaunch:
 
         def serve() -> None:
             try:
-                self.driver.record_ready(host, local_rank)
-                answers.append(self.driver.get_slot_info(host, local_rank))
+                content = self._handler._get_rank_and_size(None, host, local_rank).decode()
+                answers.append(SlotInfo(host, *(int(content.split(",")[place]) for place in (0, 2, 4, 1, 3, 5))))
             except Exception as error:
                 self._world.say(f"the rendezvous server answers {worker.name}: {error}")
                 answers.append(None)

@@ -11,7 +11,7 @@ from common.parallel.staleness import StalenessTracker
 from common.training import checkpoint_files
 from common.training.checkpoint import Checkpoints
 from common.training.elastic import Membership
-from tests.simulation.scenario import drawn, problem_of, report, shrunk, trace_of
+from tests.simulation.scenario import Fault, Plan, drawn, problem_of, report, shrunk, trace_of
 
 import pytest
 
@@ -29,6 +29,15 @@ def test_runs_survive() -> None:
 def test_a_seed_replays_to_the_letter() -> None:
     for seed in (3, 4, 5):
         assert trace_of(drawn(seed)) == trace_of(drawn(seed))
+
+
+def test_the_last_host_comes_back() -> None:
+    """One host leaves, and the other one loses a rank: its slots are not filled when it is used again."""
+    faults = (Fault(4.8, "leave", 1), Fault(4.9, "kill", 1), Fault(9.4, "join", 1))
+    plan = Plan(0, True, False, 52, {"max_steps": 27, "global_batch_size": 9}, {"a": 2, "b": 2}, faults)
+    trace, problem = trace_of(plan)
+    assert not problem
+    assert any("2 ranks: a, a" in line for line in trace)
 
 
 def repeat_examples(monkeypatch: pytest.MonkeyPatch) -> None:
