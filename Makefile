@@ -47,8 +47,8 @@ setup: ## make .venv and build Horovod into it; does nothing where that is done
 train: setup ## set up and train: make train NP=2 RECIPE=mnist_mlp_torch ARGS="train.epochs=5"
 	$(IN_VENV) horovodrun -np $(NP) python -m recipes.$(RECIPE) $(ARGS)
 
-test: setup ## set up and run all tests
-	$(IN_VENV) python -m pytest
+test: setup ## set up and run all tests, two at a time
+	$(IN_VENV) python -m pytest -n 2 --dist loadgroup
 
 wheel: setup ## Horovod's wheel for the frameworks of .venv, into the folder out
 	$(if $(out),,$(error out=: name the folder for the wheel: make wheel out=FOLDER))

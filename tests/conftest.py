@@ -34,6 +34,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if ranks.key_of(item) or "published" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group(ranks.GROUP))  # one process has all launches
         # Beside the ranks a test runs no fixtures of its own: it only needs what reports.
         if isinstance(item, pytest.Function) and ranks.key_of(item) and not ranks.is_rank():
             item.fixturenames[:] = ["launcher"]

@@ -10,6 +10,7 @@ from tests.helpers import launch
 
 import pytest
 
+GROUP = "ranks"
 FOLDER = "TEST_RANKS_FOLDER"  # in the environment of a rank: the folder of its launch
 SECONDS = 900  # for one launch, on a machine that does other things, too; a hang ends here
 
@@ -89,7 +90,7 @@ class Launcher:
         key = key_of(item)
         assert key is not None
         reports, output = self.launch(key)
-        of_ranks = reports.get(item.nodeid, [])
+        of_ranks = reports.get(_id(item), [])
         if problems := [why for outcome, why in of_ranks if outcome == "failed"]:
             pytest.fail("\n".join(problems), pytrace=False)
         if len(of_ranks) == key[1]:
@@ -108,8 +109,13 @@ class Launcher:
                 self.launch(before if isinstance(before, tuple) else (key[0], before))
             folder = self.folder / f"{key[0]}-{key[1]}"
             folder.mkdir()
-            self._launches[key] = _launch([item.nodeid for item in items], key[1], folder) if items else Launch({}, "")
+            self._launches[key] = _launch(list(map(_id, items)), key[1], folder) if items else Launch({}, "")
         return self._launches[key]
+
+
+def _id(item: pytest.Item) -> str:
+    """A test's name, without its group where several processes run tests (pytest-xdist)."""
+    return item.nodeid.removesuffix(f"@{GROUP}")
 
 
 def _launch(ids: Sequence[str], num_ranks: int, folder: Path) -> Launch:
