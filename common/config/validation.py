@@ -180,8 +180,6 @@ def _parallel_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
 def _elastic_problems(cfg: RunConfig) -> Iterator[str]:
     if cfg.parallel.name != "data":
         yield f"elastic=true: goes with parallel=data, not {cfg.parallel.name}; restart such a run by the same command"
-    if cfg.optimizer.sharded:
-        yield "optimizer.sharded=true: a rank that is lost takes its part of the optimizer's state along; leave it out"
     if isinstance(cfg.compression, LossyConfig) and cfg.compression.two_level:
         yield "compression.two_level=true: needs the same hosts all the time; leave it out, or elastic=true"
     if isinstance(cfg.compression, AutoCompressionConfig):

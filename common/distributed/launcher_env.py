@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 
 from common.distributed.topology import Topology
-from common.errors import ConfigError
 
 # In milliseconds. With the event-driven edits this is the longest time that Horovod's loop sleeps while nothing is
 # posted; longer is better (measurements: docs/horovod-build.md). The loop serves all process sets in turn. The ranks of
@@ -35,17 +34,6 @@ def num_threads(topology: Topology) -> int:
 def is_elastic() -> bool:
     """Whether horovodrun was started with --min-np."""
     return os.environ.get("HOROVOD_ELASTIC") == "1"
-
-
-def check_not_elastic() -> None:
-    """Raises a ConfigError in an elastic job: a script of one's own does not go on when ranks leave or join."""
-    if is_elastic():
-        raise ConfigError(
-            [
-                "horovodrun --min-np: only recipes go on when ranks leave or join (elastic=true); start this script "
-                "without it, and again after a failure"
-            ]
-        )
 
 
 def num_cores() -> int:

@@ -11,8 +11,16 @@ import pytest
 PAGES = {
     name: page
     for page in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "your-own-script.md").read_text(), re.DOTALL)
-    for name in ["torch" if "import torch" in page else "tape" if "GradientTape" in page else "keras"]
-    if ("torch" if name == "torch" else "tf") in FRAMEWORKS
+    for name in [
+        "elastic"
+        if "os.replace" in page
+        else "torch"
+        if "import torch" in page
+        else "tape"
+        if "GradientTape" in page
+        else "keras"
+    ]
+    if ("torch" if name in ("torch", "elastic") else "tf") in FRAMEWORKS
 }
 
 

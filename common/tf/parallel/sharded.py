@@ -165,13 +165,15 @@ class ShardedOptimizer:
         shape = (self.flat.num_rows, self.flat.size)
         self.flat.assign(tf.ensure_shape(hvd.allgather(mine, name="weights"), shape))
 
-    def optimizer_state(self) -> dict[str, list[tf.Tensor]]:
-        """The optimizer's state on rank 0: for each kind, tensors with the shapes and the order of the weights.
+    def optimizer_state(self, on_all_ranks: bool = False) -> dict[str, list[tf.Tensor]]:
+        """The optimizer's state, on rank 0 or on all ranks, which must all call it.
 
-        All ranks must call it.
+        Returns:
+            For each kind, tensors with the shapes and the order of the weights.
         """
         mine = self.partition.state() if self.partition else {}
-        received = runtime.exchange_arrays([mine, *[{}] * (self._num_ranks - 1)])
+        num_receivers = self._num_ranks if on_all_ranks else 1
+        received = runtime.exchange_arrays([mine] * num_receivers + [{}] * (self._num_ranks - num_receivers))
         return {
             moment: self.flat.parts(tf.stack([received[owner][moment] for owner in self._owners]))
             for moment in received[0]

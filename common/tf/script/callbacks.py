@@ -27,6 +27,9 @@ class Job(Protocol):
     def begin_epoch(self) -> None:
         """The next step is the first one of an epoch."""
 
+    def end_batch(self) -> None:
+        """Training may be interrupted here."""
+
     def end_training(self) -> None:
         """Compares the weights of all ranks."""
 
@@ -51,6 +54,7 @@ class Together(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """If a callback ends training within an epoch on one rank, it ends on all."""
+        self._job.end_batch()
         if self._may_end_in_epoch:
             self._agree_to_stop()
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from common.distributed import launcher_env, noise_kind
+from common.distributed.restart import Restart, rejoin
 from common.distributed.topology import Topology
 from common.errors import ConfigError
 from common.gradients.gradient_sync import SyncOptions
@@ -38,14 +39,20 @@ def init(seed: int = 0, noise: str = "batch") -> Topology:
     Returns:
         The place of this rank: rank, world_size, local_rank, local_size.
     """
+    rejoin()
     topology = runtime.init()
+    _restart()
     with checks.refusals(topology):
-        launcher_env.check_not_elastic()
         noise_kind.choose(noise)
     keras.utils.set_random_seed(seed)
     if topology.world_size > 1:
         _warn_of_other_models()
     return topology
+
+
+@functools.cache
+def _restart() -> Restart:
+    return Restart(runtime)
 
 
 @functools.cache
@@ -89,7 +96,8 @@ def distribute(
         SystemExit: with status 2 on all ranks, if training would not be exact; rank 0 prints why.
     """
     topology = runtime.init()
-    if topology.world_size > 1 and _NAME not in model.__dict__:
+    is_shared = topology.world_size > 1 or launcher_env.is_elastic()  # or will be
+    if is_shared and _NAME not in model.__dict__:
         with checks.refusals(topology):
             model.__dict__[_NAME] = _Distributed(model, topology, compression, op, additive, seed)
     return model
@@ -293,6 +301,10 @@ class _Distributed:
     def begin_epoch(self) -> None:
         """The next step is the first one of an epoch."""
         checks.begin_epoch()
+
+    def end_batch(self) -> None:
+        """In an elastic job, the script starts again when ranks are to join or leave."""
+        _restart().between_batches()
 
     def end_training(self) -> None:
         """Compares the weights of all ranks."""

@@ -40,7 +40,7 @@ class State:
         on_all_ranks: bool = False,
     ) -> None:
         self._stage, self._optimizer, self._gradients = stage, optimizer, gradients
-        self._has_copies = on_all_ranks or stage.topology.leads_group
+        self._on_all_ranks, self._has_copies = on_all_ranks, on_all_ranks or stage.topology.leads_group
 
     def weights(self) -> Arrays:
         """The weights by name; names of layer i of the model begin with "i."."""
@@ -115,13 +115,15 @@ class State:
         )
 
     def _optimizer_state(self) -> dict[str, np.ndarray]:
-        """The optimizer's state for this rank's layers; that of a sharded optimizer is only on rank 0."""
-        is_sharded, inner = isinstance(self._optimizer, ShardedOptimizer), _inner(self._optimizer)
+        """The optimizer's state for this rank's layers; that of a sharded optimizer for all of them."""
+        inner = _inner(self._optimizer)
+        if isinstance(self._optimizer, ShardedOptimizer):
+            state = self._optimizer.optimizer_state(self._on_all_ranks)
+        else:
+            state = optimizers.optimizer_state(inner)
         arrays = {
             f"{name}.{kind}": array
-            for kind, tensors in (
-                self._optimizer.optimizer_state() if is_sharded else optimizers.optimizer_state(inner)
-            ).items()
+            for kind, tensors in state.items()
             for name, array in _copies(self._stage, tensors).items()
         }
         if isinstance(inner, optimizers.AdamW):

@@ -161,11 +161,12 @@ class ShardedOptimizer:
         mine = self.flat.rows[self._row : self._row + 1] if self.partition else self.flat.rows[:0]
         self.flat.rows.copy_(hvd.allgather(mine, name="weights"))
 
-    def optimizer_state(self) -> dict[str, np.ndarray]:
-        """The optimizer's state by name in a checkpoint, on rank 0; all ranks must call it."""
+    def optimizer_state(self, on_all_ranks: bool = False) -> dict[str, np.ndarray]:
+        """The optimizer's state by name in a checkpoint, on rank 0 or on all ranks, which must all call it."""
         mine = self.partition.state() if self.partition else {}
-        received = runtime.exchange_arrays([mine, *[{}] * (self._num_ranks - 1)])
-        if self._rank > 0:
+        num_receivers = self._num_ranks if on_all_ranks else 1
+        received = runtime.exchange_arrays([mine] * num_receivers + [{}] * (self._num_ranks - num_receivers))
+        if self._rank >= num_receivers:
             return {}
         rows = [received[owner] for owner in self._owners]
         arrays = {name: rows[0][name] for name in rows[0] if name == "num_updates"}

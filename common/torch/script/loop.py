@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from common.distributed import launcher_env, noise_kind
+from common.distributed.restart import Restart, rejoin
 from common.distributed.topology import Topology
 from common.errors import ConfigError, TrainingError
 from common.gradients.gradient_sync import SyncOptions
@@ -50,13 +51,13 @@ def start(
     Raises:
         SystemExit: with status 2, if an argument is wrong; rank 0 prints why.
     """
+    rejoin()
     topology = runtime.init()
     torch.manual_seed(seed)
     if topology.world_size > 1:  # authors may draw with them without a seed
         random.seed(seed)
         np.random.seed(seed)
     with _refusals(topology):
-        launcher_env.check_not_elastic()
         if losses not in ("mean", "sum"):
             raise ConfigError([f"losses={losses!r}: choose from mean, sum"])
         noise_kind.choose(noise)
@@ -77,7 +78,7 @@ def _refusals(topology: Topology) -> Iterator[None]:
 class Run:
     """Through it a plain loop trains on all ranks, with the losses and weights of one rank.
 
-    With one rank nothing changes: models, optimizers and loaders are returned as they are.
+    With one rank nothing changes, but in an elastic job: models and optimizers are returned as they are.
 
     Attributes:
         rank: the number of this rank; rank 0 writes and prints.
@@ -88,11 +89,13 @@ class Run:
     def __init__(self, topology: Topology, options: SyncOptions, is_sum: bool) -> None:
         self.rank, self.world_size, self.device = topology.rank, topology.world_size, runtime.device(topology)
         self._topology, self._options, self._is_sum = topology, options, is_sum
+        self._restart = Restart(runtime)
+        self._is_shared = self.world_size > 1 or launcher_env.is_elastic()  # or will be
         self._models: list[nn.Module] = []
         self._exchanges: list[GradientExchange] = []
         self._num_exchanges = 0  # when the last batch was drawn
         self._kept: list[tuple[Tensor, Tensor]] = []  # statistics, and their values before a batch that does not count
-        if self.world_size > 1:
+        if self._is_shared:
             of_steps.install(topology)
             of_targets.install()
 
@@ -113,10 +116,14 @@ class Run:
             SystemExit: with status 2 on all ranks, if their models, optimizers, loaders or versions differ; rank 0
                 prints why.
         """
-        if self.world_size > 1:
+        if self._is_shared:
             with _refusals(self._topology):
                 runtime.check_alike(_facts(objects))
                 objects = tuple(self._prepared(each, sync_batch_norm) for each in objects)
+        else:  # loaders have a state, as with several ranks
+            objects = tuple(
+                RankLoader(each, self._topology, self) if isinstance(each, DataLoader) else each for each in objects
+            )
         return objects[0] if len(objects) == 1 else objects
 
     def _prepared(self, given: Any, sync_batch_norm: bool) -> Any:
@@ -216,6 +223,7 @@ class Run:
 
     def begin_batch(self, of_step: Part, is_second: bool) -> None:
         """Called by a loader when it gives a batch."""
+        self._restart.between_batches()
         before, self._num_exchanges = self._num_exchanges, sum(each.num_exchanges for each in self._exchanges)
         current = part.current()
         if is_second and current and current.share != of_step.share and self._num_exchanges == before:

@@ -35,7 +35,7 @@ class State:
         on_all_ranks: bool = False,
     ) -> None:
         self._stage, self._optimizer, self._gradients = stage, optimizer, gradients
-        self._has_copies = on_all_ranks or stage.topology.leads_group
+        self._on_all_ranks, self._has_copies = on_all_ranks, on_all_ranks or stage.topology.leads_group
 
     def weights(self) -> Arrays:
         """The weights by name; names of layer i of the model begin with "i."."""
@@ -45,7 +45,7 @@ class State:
     def optimizer_state(self) -> Arrays:
         """The optimizer's state by name, on rank 0."""
         if isinstance(self._optimizer, ShardedOptimizer):
-            return self._optimizer.optimizer_state()
+            return self._optimizer.optimizer_state(self._on_all_ranks)
         return self._of_all_stages(optimizers.optimizer_state(self._optimizer, self._stage))
 
     def gradients(self) -> Arrays:
