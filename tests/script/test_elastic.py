@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from tests.helpers.launch import FRAMEWORKS, elastic_options, horovodrun, run
-from tests.script.test_pages import PAGES, numbers
+from tests.helpers.pages import PAGES, numbers
 
 import pytest
 

@@ -1,32 +1,12 @@
 """The pages of docs/your-own-script.md, and what scripts import."""
 
-import re
 import sys
 from pathlib import Path
 
-from tests.helpers.launch import FRAMEWORKS, ROOT, horovodrun, run
+from tests.helpers.launch import FRAMEWORKS, horovodrun, run
+from tests.helpers.pages import PAGES, numbers
 
 import pytest
-
-PAGES = {
-    name: page
-    for page in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "your-own-script.md").read_text(), re.DOTALL)
-    for name in [
-        "elastic"
-        if "os.replace" in page
-        else "torch"
-        if "import torch" in page
-        else "tape"
-        if "GradientTape" in page
-        else "keras"
-    ]
-    if ("torch" if name in ("torch", "elastic") else "tf") in FRAMEWORKS
-}
-
-
-def numbers(text: str) -> list[float]:
-    """The losses that a page prints."""
-    return [float(word) for line in re.findall(r"losses: (.*)", text) for word in re.findall(r"\d+\.\d+", line)]
 
 
 @pytest.mark.parametrize("name", PAGES)
