@@ -48,7 +48,7 @@ train: setup ## set up and train: make train NP=2 RECIPE=mnist_mlp_torch ARGS="t
 	$(IN_VENV) horovodrun -np $(NP) python -m recipes.$(RECIPE) $(ARGS)
 
 test: setup ## set up and run all tests, two at a time
-	$(IN_VENV) python -m pytest -n 2 --dist loadgroup
+	$(IN_VENV) python -m pytest -n 2
 
 wheel: setup ## Horovod's wheel for the frameworks of .venv, into the folder out
 	$(if $(out),,$(error out=: name the folder for the wheel: make wheel out=FOLDER))

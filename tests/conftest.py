@@ -15,6 +15,7 @@ import os
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from tests.helpers import ranks
 from tests.helpers.launch import FRAMEWORKS
@@ -32,11 +33,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("num_ranks", marker.args)
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneLauncher(LoadScopeScheduling):
+        """One process has all tests that need a launch; the others stay together by file."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            return "launches" if ranks.needs_launch(nodeid) else nodeid.partition("::")[0]
+
+    return OneLauncher(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if ranks.key_of(item) or "published" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group(ranks.GROUP))  # one process has all launches
         # Beside the ranks a test runs no fixtures of its own: it only needs what reports.
         if isinstance(item, pytest.Function) and ranks.key_of(item) and not ranks.is_rank():
             item.fixturenames[:] = ["launcher"]

@@ -1,8 +1,10 @@
 """Tests on ranks: one launch of horovodrun for all that have the same framework and number of ranks."""
 
+import ast
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -10,7 +12,6 @@ from tests.helpers import launch
 
 import pytest
 
-GROUP = "ranks"
 FOLDER = "TEST_RANKS_FOLDER"  # in the environment of a rank: the folder of its launch
 SECONDS = 900  # for one launch, on a machine that does other things, too; a hang ends here
 
@@ -42,6 +43,23 @@ def key_of(item: pytest.Item) -> Key | None:
         return None
     params = item.callspec.params
     return str(params["framework"]), int(str(params["num_ranks"]))
+
+
+def needs_launch(nodeid: str) -> bool:
+    """Whether a test runs on ranks, or builds on what such tests have published."""
+    path, _, name = nodeid.partition("::")
+    return name.partition("[")[0] in _launched(launch.ROOT / path)
+
+
+@cache
+def _launched(path: Path) -> set[str]:
+    functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+    return {
+        function.name
+        for function in functions
+        if any("ranks(" in ast.unparse(each) for each in function.decorator_list)
+        or any(each.arg == "published" for each in function.args.args)
+    }
 
 
 def option(item: pytest.Item, name: str) -> Any:
@@ -90,7 +108,7 @@ class Launcher:
         key = key_of(item)
         assert key is not None
         reports, output = self.launch(key)
-        of_ranks = reports.get(_id(item), [])
+        of_ranks = reports.get(item.nodeid, [])
         if problems := [why for outcome, why in of_ranks if outcome == "failed"]:
             pytest.fail("\n".join(problems), pytrace=False)
         if len(of_ranks) == key[1]:
@@ -109,13 +127,8 @@ class Launcher:
                 self.launch(before if isinstance(before, tuple) else (key[0], before))
             folder = self.folder / f"{key[0]}-{key[1]}"
             folder.mkdir()
-            self._launches[key] = _launch(list(map(_id, items)), key[1], folder) if items else Launch({}, "")
+            self._launches[key] = _launch([item.nodeid for item in items], key[1], folder) if items else Launch({}, "")
         return self._launches[key]
-
-
-def _id(item: pytest.Item) -> str:
-    """A test's name, without its group where several processes run tests (pytest-xdist)."""
-    return item.nodeid.removesuffix(f"@{GROUP}")
 
 
 def _launch(ids: Sequence[str], num_ranks: int, folder: Path) -> Launch:
