@@ -195,8 +195,10 @@ def _lane_problems(cfg: RunConfig, topology: Topology) -> Iterator[str]:
             f"parallel.num_micro_batches={cfg.parallel.num_micro_batches}: with train.reproducible=true each lane of a "
             f"rank is a micro-batch, here {fewest}; leave it out, or make train.lanes larger"
         )
-    if cfg.compression.name != "none":
-        yield f"train.reproducible=true: goes with compression=none, not {cfg.compression.name}"
+    if isinstance(cfg.compression, AutoCompressionConfig):
+        yield "compression=auto: would choose by measurements; with train.reproducible=true name a method"
+    if isinstance(cfg.compression, LossyConfig) and (cfg.compression.two_level or cfg.compression.health):
+        yield "compression.two_level and health: depend on ranks and hosts; leave them out, or train.reproducible"
     if cfg.op is ReduceOp.adasum:
         yield "train.reproducible=true: goes with op=average, not adasum"
     if cfg.optimizer.sharded:

@@ -205,8 +205,12 @@ class Topology:
     def batch_slices(self) -> range:
         """The batch slices that this rank handles; empty for a server."""
         if self.num_lanes:
-            return lanes_of(self.rank, self.world_size, self.num_lanes)
+            return self.lanes_of(self.rank)
         return range(0) if self.is_server else self._layout.batch_slices_of(self.rank - self.num_servers)
+
+    def lanes_of(self, rank: int) -> range:
+        """The lanes of a rank, in a run with lanes."""
+        return lanes_of(rank, self.world_size, self.num_lanes)
 
     @property
     def ranks_of_host(self) -> range:

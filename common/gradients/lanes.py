@@ -5,7 +5,7 @@ the lanes are always added along the same binary tree, whichever rank has comput
 sum of the nodes 2i and 2i + 1 of the level below; where there is no second one, it is the first one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -85,7 +85,7 @@ class LaneExchange(CountedSync):
         return list(pairwise(bounds(self.lengths[number], self._topology.world_size)))
 
     def wire_bytes(self, value_bytes: int) -> list[int]:
-        """The bytes that this rank sends in a step, for each bucket."""
+        """The bytes that this rank sends in a step, for each bucket, without compression."""
         rank, num_others = self._topology.rank, self._topology.world_size - 1
         mine = [end - start for start, end in (self.parts(number)[rank] for number in range(len(self.lengths)))]
         return [
@@ -93,14 +93,18 @@ class LaneExchange(CountedSync):
             for whole, part in zip(self.lengths, mine, strict=True)
         ]
 
-    def counted(self, scalars: Sequence[Any], squared_norm: Any, value_bytes: int) -> StepMetrics:
+    def counted(
+        self, scalars: Sequence[Any], squared_norm: Any, value_bytes: int, compressed: Mapping[int, Any]
+    ) -> StepMetrics:
         """Counts a step; returns its metrics.
 
         Args:
             scalars: the summed scalars of the last bucket.
             squared_norm: () the squared norm of the summed gradients.
             value_bytes: bytes of one value.
+            compressed: for each compressed bucket, by its number, the bytes that this rank has sent.
         """
+        wire_bytes = dict(enumerate(self.wire_bytes(value_bytes))) | dict(compressed)
         loss, stop, local_grad_sqnorm, overflow = scalars
         loss_scale = self._scaler.counters.loss_scale
         self._scaler.count(overflow > 0 if self.options.finds_nonfinite else False)
@@ -110,7 +114,7 @@ class LaneExchange(CountedSync):
             local_grad_sqnorm,
             overflow,
             squared_norm,
-            tuple(self.wire_bytes(value_bytes)),
+            tuple(wire_bytes.values()),
             loss_scale=loss_scale,
             skipped_steps=self._scaler.counters.skipped_steps,
         )

@@ -94,7 +94,11 @@ MISTAKES = [
         *("mnist_mlp", 2, "train.reproducible=true parallel.num_micro_batches=5"),
         "parallel.num_micro_batches=5: with train.reproducible=true",
     ),
-    ("mnist_mlp", 2, "train.reproducible=true compression=int8", "train.reproducible=true: goes with compression=none"),
+    ("mnist_mlp", 2, "train.reproducible=true compression=auto", "compression=auto: would choose by measurements"),
+    (
+        *("mnist_mlp", 2, "train.reproducible=true compression=int8 compression.health=true"),
+        "compression.two_level and health: depend on ranks",
+    ),
     ("mnist_mlp", 2, "train.reproducible=true op=adasum", "train.reproducible=true: goes with op=average"),
     ("mnist_mlp", 2, "train.reproducible=true optimizer.sharded=true", "optimizer.sharded=true: cuts the weights"),
     ("mnist_mlp", 2, "train.reproducible=true parallel=pipeline", "train.reproducible=true: goes with parallel=data"),

@@ -78,6 +78,6 @@ class Exchange:
 
     def coded(self, rows: np.ndarray) -> np.ndarray:
         """Rows (K, P), each encoded and decoded by the dense code of the first weight."""
-        compressor: Any = self.gradients._compressors._compressors[0]
+        compressor: Any = self.gradients._compressors.lossy[0]
         codes = compressor.encode(tf.constant(rows), compressor.group.random(tf.constant(0)))
         return compressor.decode(codes, rows.shape[1]).numpy()

@@ -57,7 +57,7 @@ class Exchange:
 
     def coded(self, rows: np.ndarray) -> np.ndarray:
         """Rows (K, P), each encoded and decoded by the dense code of the first weight."""
-        compressor: Any = self.gradients._exchange.compressors._compressors[0]
+        compressor: Any = self.gradients._exchange.compressors.lossy[0]
         codes = compressor.encode(torch.from_numpy(rows), compressor.group.random(0))
         return compressor.decode(codes, rows.shape[1]).numpy()
 

@@ -13,7 +13,8 @@ import pytest
 
 # REPRODUCIBLE=all: what `make reproducible` runs; else its short form.
 IS_SHORT = os.environ.get("REPRODUCIBLE") != "all"
-SHORT_PAIRS = [("mnist_mlp", "tf"), ("transformer_lm", "torch")]
+SHORT_KINDS = [("mnist_mlp", "tf", "powersgd"), ("mnist_mlp", "torch", "topk"), ("transformer_lm", "torch", "none")]
+METHODS = {"mnist_mlp": ["none", "topk", "powersgd", "int8", "dgc"], "transformer_lm": ["none", "sign"]}
 TASKS = {
     "mnist_mlp": ["train.max_steps=30", "train.checkpoint_every=10", "model.dropout=0.1", "seed=3"],
     "transformer_lm": [
@@ -21,8 +22,12 @@ TASKS = {
         *("precision=bf16", "train.global_batch_size=31"),
     ],
 }
-# In the short form, each framework trains one of the tasks.
-PAIRS = [pair for pair in itertools.product(TASKS, FRAMEWORKS) if not IS_SHORT or pair in SHORT_PAIRS]
+KINDS = [
+    (task, framework, method)
+    for task, framework in itertools.product(TASKS, FRAMEWORKS)
+    for method in METHODS[task]
+    if not IS_SHORT or (task, framework, method) in SHORT_KINDS
+]
 LAYOUTS = (
     [(3, 2)] if IS_SHORT else [(1, 1), (3, 1), (4, 1), (5, 1), (6, 1), (8, 1), (1, 8), (2, 2), (2, 4), (3, 2), (4, 2)]
 )
@@ -62,9 +67,11 @@ def outcome(num_ranks: int, recipe: str, folder: Path, *overrides: str) -> tuple
     return summary["weights_sha256"], losses, summary["test_loss"]
 
 
-@pytest.mark.parametrize(("task", "framework"), PAIRS)
-def test_weights_are_the_same_to_the_bit(task: str, framework: str, tmp_path: Path) -> None:
-    recipe, overrides = f"{task}_{framework}", [*SMALL[task], *TASKS[task]]
+@pytest.mark.parametrize(("task", "framework", "method"), KINDS)
+def test_weights_are_the_same_to_the_bit(task: str, framework: str, method: str, tmp_path: Path) -> None:
+    recipe, overrides = f"{task}_{framework}", [*SMALL[task], *TASKS[task], f"compression={method}"]
+    if method != "none":
+        overrides += ["compression.min_numel=100", "train.clip_norm=1"]
     expected = outcome(2, recipe, tmp_path / "2-1", *overrides)
     for number, parts in LAYOUTS:
         accumulation = f"parallel.num_micro_batches={parts}"

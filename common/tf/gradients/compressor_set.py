@@ -33,6 +33,7 @@ class CompressorSet:
         options: the compression, the operation and the seed.
 
     Attributes:
+        lossy: the compressors of buckets that are not simply summed, by number.
         momentum: with DGC, the momentum of the weights that are not compressed.
     """
 
@@ -41,16 +42,16 @@ class CompressorSet:
     ) -> None:
         self._buckets, self._topology, self._options = buckets, topology, options
         self._plain: list[Compressor] = []
-        self._compressors: dict[int, Compressor] = {}  # of buckets that are not simply summed
+        self.lossy: dict[int, Compressor] = {}
         for number, bucket in enumerate(buckets):
-            communicator = Communicator(f"{options.name}.{number}", runtime.process_set(topology.group))
+            communicator = self._communicator(f"{options.name}.{number}", topology.group)
             of_bucket = [shapes[index] for index in bucket.members]
             group = CompressionGroup(number, of_bucket, communicator, options.seed)
             self._plain.append(Dense(NO_COMPRESSION, group))
             if bucket.method == ReduceOp.adasum.name:
-                self._compressors[number] = Adasum(NO_COMPRESSION, group)
+                self.lossy[number] = Adasum(NO_COMPRESSION, group)
             elif isinstance(options.compression, LossyConfig) and bucket.method != NO_COMPRESSION.name:
-                self._compressors[number] = self._lossy(options.compression, group)
+                self.lossy[number] = self._lossy(options.compression, group)
         self.momentum: PlainMomentum | None = None
         if isinstance(options.compression, DGCConfig) and options.compression.momentum:
             others = bucketing.members_without(options.compression.name, buckets)
@@ -58,9 +59,12 @@ class CompressorSet:
 
     def _lossy(self, cfg: LossyConfig, plain: CompressionGroup) -> Compressor:
         ranks: Sequence[int] = self._topology.first_ranks_of_hosts if cfg.two_level else self._topology.group
-        communicator = Communicator(f"{self._options.name}.{plain.number}.{cfg.name}", runtime.process_set(ranks))
+        communicator = self._communicator(f"{self._options.name}.{plain.number}.{cfg.name}", ranks)
         group = CompressionGroup(plain.number, plain.shapes, communicator, plain.seed)
         return compression.build(cfg, group, self._topology)
+
+    def _communicator(self, name: str, ranks: Sequence[int]) -> Communicator:
+        return Communicator(name, runtime.process_set(ranks))
 
     def exchange(
         self, number: int, flat: tf.Tensor, scalars: tf.Tensor, fraction: tf.Tensor, num_steps: tf.Tensor
@@ -75,7 +79,7 @@ class CompressorSet:
             num_steps: () number of steps so far.
         """
         step = tf.cast(num_steps, tf.int32)
-        plain, compressor = self._plain[number], self._compressors.get(number)
+        plain, compressor = self._plain[number], self.lossy.get(number)
         plain.group.communicator.begin()
         if compressor is None:
             return plain.exchange(tf.concat([flat, scalars], 0) if number == len(self._buckets) - 1 else flat, step)
@@ -93,21 +97,21 @@ class CompressorSet:
 
     def commit(self, results: Sequence[Exchanged], is_skipped: tf.Tensor | bool) -> None:
         """Assigns the compressors' next state, unless the step is skipped."""
-        for number, compressor in self._compressors.items():
+        for number, compressor in self.lossy.items():
             for variable, new in zip(compressor.variables, results[number].state, strict=True):
                 variable.assign(tf.where(is_skipped, variable, new))
 
     def state(self) -> dict[str, dict[int, tf.Tensor]]:
         """The state by name and index of the variable."""
         state: dict[str, dict[int, tf.Tensor]] = {}
-        for number, compressor in self._compressors.items():
+        for number, compressor in self.lossy.items():
             for name, tensors in compressor.state_by_gradient().items():
                 state.setdefault(name, {}).update(zip(self._buckets[number].members, tensors, strict=True))
         return state | ({"momentum": self.momentum.state()} if self.momentum else {})
 
     def load(self, state: Mapping[str, Mapping[int, np.ndarray]]) -> None:
         """Loads the result of state()."""
-        for number, compressor in self._compressors.items():
+        for number, compressor in self.lossy.items():
             names, members = compressor.state_by_gradient(), self._buckets[number].members
             compressor.load({name: [state[name][index] for index in members] for name in names})
         if self.momentum:
@@ -117,4 +121,4 @@ class CompressorSet:
     def variables(self) -> list[tf.Variable]:
         """The variables of the state."""
         of_momentum = list(self.momentum.velocities.values()) if self.momentum else []
-        return [*(one for compressor in self._compressors.values() for one in compressor.variables), *of_momentum]
+        return [*(one for compressor in self.lossy.values() for one in compressor.variables), *of_momentum]

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Exchange = Generator[int, Tensor, tuple[Tensor, Tensor]]
+Exchange = Generator[Any, Tensor, tuple[Tensor, Tensor]]
 """A generator that yields Horovod's handles and is sent their results; returns the sum and this rank's error, (n,)."""
 
 

@@ -22,6 +22,9 @@ class CompressorSet:
         buckets: the buckets that are exchanged.
         topology: the place of this rank; the ranks of its group exchange gradients.
         options: the compression, the operation and the seed.
+
+    Attributes:
+        lossy: the compressors of buckets that are not simply summed, by number.
     """
 
     def __init__(
@@ -29,16 +32,16 @@ class CompressorSet:
     ) -> None:
         self._buckets, self._topology, self._options = buckets, topology, options
         self._plain: list[Compressor] = []
-        self._compressors: dict[int, Compressor] = {}  # of buckets that are not simply summed
+        self.lossy: dict[int, Compressor] = {}
         for number, bucket in enumerate(buckets):
             shapes = [tuple(parameters[index].shape) for index in bucket.members]
-            communicator = Communicator(f"{options.name}.{number}", runtime.process_set(topology.group))
+            communicator = self._communicator(f"{options.name}.{number}", topology.group)
             group = CompressionGroup(number, shapes, communicator, options.seed, parameters[0].device)
             self._plain.append(Dense(NO_COMPRESSION, group))
             if bucket.method == ReduceOp.adasum.name:
-                self._compressors[number] = Adasum(NO_COMPRESSION, group)
+                self.lossy[number] = Adasum(NO_COMPRESSION, group)
             elif isinstance(options.compression, LossyConfig) and bucket.method != NO_COMPRESSION.name:
-                self._compressors[number] = self._lossy(options.compression, group)
+                self.lossy[number] = self._lossy(options.compression, group)
         self.momentum: PlainMomentum | None = None
         if isinstance(options.compression, DGCConfig) and options.compression.momentum:
             others = bucketing.members_without(options.compression.name, buckets)
@@ -46,25 +49,28 @@ class CompressorSet:
 
     def _lossy(self, cfg: LossyConfig, plain: CompressionGroup) -> Compressor:
         ranks: Sequence[int] = self._topology.first_ranks_of_hosts if cfg.two_level else self._topology.group
-        communicator = Communicator(f"{self._options.name}.{plain.number}.{cfg.name}", runtime.process_set(ranks))
+        communicator = self._communicator(f"{self._options.name}.{plain.number}.{cfg.name}", ranks)
         group = CompressionGroup(plain.number, plain.shapes, communicator, plain.seed, plain.device)
         return compression.build(cfg, group, self._topology)
 
+    def _communicator(self, name: str, ranks: Sequence[int]) -> Communicator:
+        return Communicator(name, runtime.process_set(ranks))
+
     def at(self, number: int, num_steps: int) -> Compressor:
         """The compressor that sums a bucket in the step after num_steps steps."""
-        is_on = number in self._compressors and self._options.compresses_at(num_steps)
-        return self._compressors[number] if is_on else self._plain[number]
+        is_on = number in self.lossy and self._options.compresses_at(num_steps)
+        return self.lossy[number] if is_on else self._plain[number]
 
     def commit(self, num_steps: int) -> None:
         """Makes the next state of those that were used after num_steps steps the current one."""
-        for number, compressor in self._compressors.items():
+        for number, compressor in self.lossy.items():
             if self.at(number, num_steps) is compressor:
                 compressor.commit()
 
     def state(self) -> dict[str, dict[int, Tensor]]:
         """The state by name and index of the parameter; the tensors are views."""
         state: dict[str, dict[int, Tensor]] = {}
-        for number, compressor in self._compressors.items():
+        for number, compressor in self.lossy.items():
             for name, tensors in compressor.state_by_gradient().items():
                 state.setdefault(name, {}).update(zip(self._buckets[number].members, tensors, strict=True))
         return state | ({"momentum": self.momentum.velocities} if self.momentum else {})

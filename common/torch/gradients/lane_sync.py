@@ -1,6 +1,7 @@
 """Sums gradients to the same bits for all numbers of ranks."""
 
 from collections.abc import Iterable
+from functools import partial
 
 from common.distributed.topology import Topology
 from common.gradients import bucketing
@@ -9,6 +10,7 @@ from common.gradients.lanes import LaneExchange, Node, TreeSum
 from common.gradients.step_metrics import StepMetrics
 from common.torch.gradients import norms
 from common.torch.gradients.buckets import BucketBuffers
+from common.torch.gradients.lane_compressors import LaneCompressors
 from common.torch.gradients.loss_scaler import LossScaler
 
 import horovod.torch as hvd
@@ -25,7 +27,7 @@ class LaneSync(LaneExchange):
     Args:
         weights: the parameters of the model, in order, with their names. Frozen parameters are ignored.
         topology: the place of this rank, and the number of lanes.
-        options: how gradients are summed; without compression.
+        options: how gradients are summed. Each lane has compressors of its own.
 
     Attributes:
         buckets: the vectors in which gradients are exchanged.
@@ -41,12 +43,17 @@ class LaneSync(LaneExchange):
         self.buckets = bucketing.of_model(shapes, value_bytes, options.compression, options.op, options.bucket_bytes)
         self._buffers = BucketBuffers(self._parameters, self.buckets)
         self.lengths = list(map(len, self._buffers.messages))
+        self._compressors = LaneCompressors(self._parameters, self.buckets, topology, options)
+        self._local_clip_norm = options.local_clip_norm(topology.num_lanes)
         self._sums: list[TreeSum[Tensor]] = []
+        self._kept: dict[int, list[Tensor]] = {}  # by bucket that is compressed in this step, the vectors of the lanes
 
     def zero(self) -> None:
         """Starts a step: clears all gradients."""
         self._clear()
         self._sums = [self._tree() for _ in self.buckets]
+        is_on = partial(self._compressors.compresses, num_steps=self._scaler.num_steps)
+        self._kept = {number: [] for number in range(len(self.buckets)) if is_on(number)}
 
     def end_lane(self, lane: int, loss: Tensor | float, stop: float, fraction: float) -> None:
         """Takes the gradients of a lane, after its backward; the lanes of a rank come in order.
@@ -64,29 +71,43 @@ class LaneSync(LaneExchange):
         scalars[3] = self._scaler.unscale(buffers.values)
         if self.options.finds_nonfinite:
             scalars[3] += float(not torch.as_tensor(loss).isfinite())
+        if self._local_clip_norm:
+            norms.clip(buffers.values, self._local_clip_norm, norms.norm(buffers.values))
         if self.options.measure_noise and fraction:
             scalars[2] = norms.norm(buffers.values) ** 2 / fraction**2
-        for tree, message in zip(self._sums, buffers.messages, strict=True):
-            tree.push(Node(lane, lane + 1), message.clone())
+        for number, (tree, message) in enumerate(zip(self._sums, buffers.messages, strict=True)):
+            if number in self._kept:
+                self._kept[number].append(message.clone())
+            else:
+                tree.push(Node(lane, lane + 1), message.clone())
         self._clear()
 
     def synchronize(self) -> StepMetrics:
         """Sums the gradients of all lanes; returns the metrics of the step, the same on all ranks."""
         self._exchange()
         squared_norm = norms.norm(self._buffers.values) ** 2 if self.options.measure_noise else 0.0
-        return self.counted(self._buffers.scalars.unbind(), squared_norm, self._buffers.scalars.element_size())
+        if not (self.options.finds_nonfinite and self._buffers.scalars[3] > 0):
+            self._compressors.commit(self._scaler.num_steps)
+            self._compressors.apply_momentum()
+        compressed = {number: self._compressors.num_bytes[number] for number in self._kept}
+        value_bytes = self._buffers.scalars.element_size()
+        return self.counted(self._buffers.scalars.unbind(), squared_norm, value_bytes, compressed)
 
     def clip_norm(self, max_norm: float) -> None:
-        """Scales the summed gradients down to a global L2 norm of max_norm if theirs is larger; 0: no clipping."""
-        if max_norm:
+        """Scales the summed gradients down to a global L2 norm of max_norm if theirs is larger; 0: no clipping.
+
+        With error feedback this does nothing, because each lane was clipped before the exchange.
+        """
+        if max_norm and not self._local_clip_norm:
             norms.clip(self._buffers.values, max_norm, norms.norm(self._buffers.values))
 
     def sync_weights(self) -> None:
-        """Does nothing: all ranks make the same updates, so that each has the newest weights."""
+        """Gives each rank the states of all lanes' compressors; the weights are the newest on all ranks."""
+        self._compressors.gather()
 
     def state(self) -> dict[str, dict[int, Tensor]]:
-        """The state of compressors: there are none."""
-        return {}
+        """The state of the lanes' compressors, by name and index of the parameter; the tensors are views."""
+        return self._compressors.state()
 
     def _clear(self) -> None:
         for parameter in self._parameters:
@@ -98,11 +119,13 @@ class LaneSync(LaneExchange):
 
     def _exchange(self) -> None:
         """Sums each bucket's vectors of all lanes."""
-        sent = [self._send(number) for number in range(len(self.buckets))]
-        parts = [self._part(number, hvd.synchronize(handle)[0]) for number, handle in enumerate(sent)]
-        gathered = [hvd.allgather_async(part, name=f"lanes.sums.{number}") for number, part in enumerate(parts)]
+        sent = {number: self._send(number) for number in range(len(self.buckets)) if number not in self._kept}
+        parts = {number: self._part(number, hvd.synchronize(handle)[0]) for number, handle in sent.items()}
+        gathered = {number: hvd.allgather_async(part, name=f"lanes.sums.{number}") for number, part in parts.items()}
+        num_steps = self._scaler.num_steps
+        sums = {number: self._compressors.exchange(number, kept, num_steps) for number, kept in self._kept.items()}
         self._buffers.adopt_all()
-        self._buffers.receive({number: hvd.synchronize(handle) for number, handle in enumerate(gathered)})
+        self._buffers.receive(sums | {number: hvd.synchronize(handle) for number, handle in gathered.items()})
 
     def _send(self, number: int) -> int:
         """Sends to each rank its part of this rank's nodes."""

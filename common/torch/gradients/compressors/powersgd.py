@@ -21,7 +21,9 @@ class Compressor(Base):
         self._summed = group.new_zeros()
         random = group.random(0)
         columns = [matrix_shape(shape)[1] for shape in group.shapes]
-        self.state["factor"] = [torch.randn(n, cfg.rank, generator=random, device=group.device) for n in columns]
+        factors = [torch.randn(n, cfg.rank, generator=random, device=group.device) for n in columns]
+        # Stored by columns, as those of later steps: the order in memory may decide how products are rounded.
+        self.state["factor"] = [factor.T.contiguous().T for factor in factors]
 
     def exchange(self, values: Tensor, step: int) -> Exchange:
         """Two allreduces: one of the products with the factors, one of the new factors."""
