@@ -53,11 +53,15 @@ def needs_launch(nodeid: str) -> bool:
 
 @cache
 def _launched(path: Path) -> set[str]:
-    functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+    nodes = ast.parse(path.read_text()).body
+    of_all = [
+        ast.unparse(node.value) for node in nodes if isinstance(node, ast.Assign) and "pytestmark" in ast.unparse(node)
+    ]
     return {
         function.name
-        for function in functions
-        if any("ranks(" in ast.unparse(each) for each in function.decorator_list)
+        for function in nodes
+        if isinstance(function, ast.FunctionDef)
+        if any("ranks(" in mark for mark in (*of_all, *map(ast.unparse, function.decorator_list)))
         or any(each.arg == "published" for each in function.args.args)
     }
 
