@@ -1,10 +1,10 @@
 """Tests on ranks: one launch of horovodrun for all that have the same framework and number of ranks."""
 
-import ast
+import importlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -48,22 +48,11 @@ def key_of(item: pytest.Item) -> Key | None:
 def needs_launch(nodeid: str) -> bool:
     """Whether a test runs on ranks, or builds on what such tests have published."""
     path, _, name = nodeid.partition("::")
-    return name.partition("[")[0] in _launched(launch.ROOT / path)
-
-
-@cache
-def _launched(path: Path) -> set[str]:
-    nodes = ast.parse(path.read_text()).body
-    of_all = [
-        ast.unparse(node.value) for node in nodes if isinstance(node, ast.Assign) and "pytestmark" in ast.unparse(node)
-    ]
-    return {
-        function.name
-        for function in nodes
-        if isinstance(function, ast.FunctionDef)
-        if any("ranks(" in mark for mark in (*of_all, *map(ast.unparse, function.decorator_list)))
-        or any(each.arg == "published" for each in function.args.args)
-    }
+    module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    function = getattr(module, name.partition("[")[0])
+    marks = [getattr(owner, "pytestmark", []) for owner in (module, function)]
+    names = {mark.name for given in marks for mark in (given if isinstance(given, list) else [given])}
+    return "ranks" in names or "published" in inspect.signature(function).parameters
 
 
 def option(item: pytest.Item, name: str) -> Any:
