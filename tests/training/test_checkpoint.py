@@ -217,6 +217,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert "going on from step-00000003" in said
 
 
+@pytest.mark.parametrize(
+    "name", ["state.json", *(f"{part}.safetensors" for part in ("weights", "optimizer", "gradients"))]
+)
+def test_a_checkpoint_that_is_cut_at_any_tenth_is_not_used(name: str, tmp_path: Path) -> None:
+    run(tmp_path)
+    path = tmp_path / "checkpoints" / "step-00000010" / name
+    content = path.read_bytes()
+    for tenth in range(10):
+        path.write_bytes(content[: len(content) * tenth // 10])
+        found, problems = checkpoint_files.newest(tmp_path)
+        assert found
+        assert (found.folder.name, len(problems)) == ("step-00000009", 1)
+
+
 def test_without_a_sound_checkpoint_nothing_is_started_or_overwritten(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         run(tmp_path, stop_at=2)

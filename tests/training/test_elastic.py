@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 from common.data import example_log
-from tests.helpers.launch import FRAMEWORKS, elastic_options, horovodrun, set_hosts
+from tests.helpers.launch import FRAMEWORKS, elastic_options, horovodrun, kill_when, set_hosts
 from tests.helpers.runs import SMALL
 
 import pytest
@@ -127,6 +129,33 @@ def test_a_hundred_ranks_are_lost(framework: str, tmp_path: Path) -> None:
         assert summary(folder)[name] == pytest.approx(summary(tmp_path / "whole")[name], rel=1e-5)
     for is_right, line in example_log.check(folder):
         assert is_right, line
+
+
+@long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_run_is_stopped_at_any_moment(framework: str, number: int, tmp_path: Path) -> None:
+    module, overrides = f"recipes.mnist_mlp_{framework}", [*SMALL["mnist_mlp"], *COMMON, "train.checkpoint_every=10"]
+    plain_job(module, tmp_path / "whole", *overrides)
+    command = ["-m", module, f"run.dir={tmp_path / 'stopped'}", *overrides, "chaos=slow:seconds=0.1"]
+    draw, statuses = random.Random(f"{framework} {number}"), set()
+    for _ in range(20):
+        end = time.monotonic() + draw.uniform(0, 8)  # also while it starts
+        job = kill_when(partial(_is_past, end), 2, *command, signal_number=number)
+        assert "Traceback" not in job.stdout, job.stdout
+        statuses.add(job.returncode)
+        if job.returncode == 0 or "holds a finished run" in job.stdout:
+            break
+    horovodrun(2, *command)
+    assert summary(tmp_path / "stopped")["test_loss"] == pytest.approx(
+        summary(tmp_path / "whole")["test_loss"], rel=1e-5
+    )
+    check_records(tmp_path / "stopped")
+    assert statuses & {143, 130, -number, 128 + number}
+
+
+def _is_past(end: float) -> bool:
+    return time.monotonic() > end
 
 
 @long
