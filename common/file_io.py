@@ -10,6 +10,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from io import BufferedReader
 from itertools import chain, count
 from pathlib import Path
@@ -97,11 +98,12 @@ def sync_path(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder that may exist, and those above it; waits until its name is on the disk."""
+    """Makes a folder that may exist, and those above it; waits until its name is on the disk, if that is allowed."""
     if not path.parent.exists():
         make_folder(path.parent)
     path.mkdir(exist_ok=True)
-    sync_path(path.parent)
+    with suppress(PermissionError):  # a folder that others own may not be read
+        sync_path(path.parent)
 
 
 def replace(path: Path, content: str) -> None:

@@ -24,7 +24,7 @@ class Ledger:
 
     def __init__(self, folder: Path, sampler: TrainingSampler) -> None:
         start, rank = sampler.start.step, sampler.topology.rank
-        path = folder / "ledger" / f"from-step-{start + 1:08}.rank-{rank:04}.jsonl"
+        path = path_of(folder, start, rank)
         file_io.make_folder(path.parent)
         # It stays open: what a rank of an earlier job still writes is then in a file that drop() has removed.
         self._file = path.open("w", buffering=1)
@@ -41,6 +41,11 @@ class Ledger:
 
     def _write(self, line: dict[str, object]) -> None:
         self._file.write(json.dumps(line) + "\n")
+
+
+def path_of(folder: Path, start: int, rank: int) -> Path:
+    """The ledger of a rank, of the launch that begins after step `start`."""
+    return folder / "ledger" / f"from-step-{start + 1:08}.rank-{rank:04}.jsonl"
 
 
 def drop(folder: Path, start: int) -> None:

@@ -78,8 +78,9 @@ def raise_on_all_ranks(gather: Callable[[Any], list[Any]]) -> Iterator[None]:
 
 
 def unusable(error: OSError) -> str:
-    """The problem of a file or folder that cannot be used."""
-    return f"{error.filename}: {error.strerror}; choose a path that can be used (run.dir, data.root, data.path)"
+    """The problem of a file or folder that cannot be used; a disk without room does not say which."""
+    name = error.filename or "a file of the run"
+    return f"{name}: {error.strerror}; choose a path that can be used (run.dir, data.root, data.path)"
 
 
 def check_alike(facts: Mapping[str, Any], gather: Callable[[Any], list[Any]]) -> None:

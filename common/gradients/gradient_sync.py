@@ -191,6 +191,9 @@ class GradientSync(Protocol):
     def sync_weights(self) -> None:
         """Returns when this rank has the newest weights, which parameter servers may hold."""
 
+    def gather_state(self) -> None:
+        """Before state() is saved: gives this rank what others have of it; all ranks call it."""
+
     def state(self) -> Mapping[str, Mapping[int, Any]]:
         """The state of this rank's compressors, by name and index of the parameter."""
 
@@ -238,6 +241,9 @@ class CountedSync:
     def local_state_fraction(self) -> float:
         """The fraction of a summed state that this rank gets when a checkpoint is loaded."""
         return self.options.local_state_fraction(self._topology)
+
+    def gather_state(self) -> None:
+        """Before state() is saved: nothing is to be done, as states that differ between ranks are summed."""
 
     def counters(self) -> Counters:
         """The counters of the steps so far, as numbers."""

@@ -97,6 +97,7 @@ class Checkpoints:
         }
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
         self._writing: Future[None] | None = None
+        self._start = 0  # the step after which this launch begins
 
     def restore(self) -> dict[str, Any]:
         """Gives all ranks the weights and the optimizer's state: from the checkpoint to resume from, or from rank 0.
@@ -111,9 +112,10 @@ class Checkpoints:
         """
         try:
             restored = self._restored()
+            self._start = restored["position"]["step"] if restored else 0
             with self._runtime.raise_on_all_ranks():
                 if self._rank == 0:
-                    self._begin(restored["position"]["step"] if restored else 0)
+                    self._begin(self._start)
         except ConfigError:
             run_lock.let_go(self._run_folder)
             raise
@@ -187,10 +189,11 @@ class Checkpoints:
 
     def _sync_records(self) -> None:
         """After a power cut, log and ledger must reach as far as any state from which the run can go on."""
-        patterns = [f"ledger/*.rank-{self._rank:04}.jsonl", *["metrics.jsonl"] * (self._rank == 0)]
-        records = [path for pattern in patterns for path in self._run_folder.glob(pattern)]
+        records = [example_log.path_of(self._run_folder, self._start, self._rank)]
+        if self._rank == 0:
+            records.append(self._run_folder / "metrics.jsonl")
         with self._runtime.raise_on_all_ranks():
-            for path in records:
+            for path in filter(Path.exists, records):
                 file_io.sync_path(path)
 
     def _save(

@@ -1,5 +1,6 @@
 """The command line of a recipe: key=value overrides in, exit status out."""
 
+import errno
 import importlib
 import os
 import signal
@@ -25,6 +26,7 @@ from common.training.elastic import RanksChanged, membership
 
 SECONDS_TO_GIVE_WAY = 5
 SECONDS_TO_MEET = 10
+DISK_ERRORS = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOENT, errno.ENOSPC, errno.EROFS)
 _STATUS = {ConfigError: 2, TrainingError: 1, Stopped: preemption.EXIT_STATUS}
 HELP = """\
 usage: horovodrun -np N python -m recipes.{name} [key=value ...]
@@ -71,7 +73,7 @@ def _trained(train: Callable[[Any], Any], task: str, runtime: Runtime, words: Se
     except (ConfigError, TrainingError, Stopped) as error:  # usually raised by all ranks together
         _end_together(error, topology, runtime)
     except OSError as error:  # of this rank alone
-        if error.filename is None:
+        if error.errno not in DISK_ERRORS:
             raise
         _end_together(ConfigError([unusable(error)]), topology, runtime)
     except RanksChanged:

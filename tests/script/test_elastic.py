@@ -31,7 +31,8 @@ fit.distribute(model)
 class Slow(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         lose()
-callbacks = [keras.callbacks.BackupAndRestore("backup", delete_checkpoint=False), Slow()]
+backup = keras.callbacks.BackupAndRestore("backup", double_checkpoint=True, delete_checkpoint=False)
+callbacks = [backup, Slow()]
 model.fit(x, y, batch_size=30, epochs=8, shuffle=False, callbacks=callbacks, verbose=0)
 print("losses:", *[model.evaluate(x[place::6], y[place::6], verbose=0) for place in range(6)])
 """
@@ -41,7 +42,8 @@ def script_of(framework: str) -> str:
     """A script that loses a rank."""
     if framework == "tf":
         return LOSE + KERAS
-    return LOSE + PAGES["elastic"].replace("        optimizer.step()\n", "        optimizer.step()\n        lose()\n")
+    page = PAGES["elastic"].replace("shuffle=True)", "shuffle=True, num_workers=1)")  # a process that is left behind
+    return LOSE + page.replace("        optimizer.step()\n", "        optimizer.step()\n        lose()\n")
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)

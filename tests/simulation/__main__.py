@@ -5,6 +5,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 
+from tests.simulation import servers
 from tests.simulation.scenario import drawn, problem_of, report, trace_of
 
 MOST_REPORTS = 3
@@ -16,7 +17,7 @@ def main(words: list[str]) -> None:
     first, _, last = value.partition("-")
     seeds, start = range(int(first), int(last or first) + 1), time.perf_counter()
     if key == "seed":
-        print("\n".join(trace_of(drawn(seeds[0]))[0]))
+        print("\n".join([*trace_of(drawn(seeds[0]))[0], "with parameter servers:", *servers.trace_of(seeds[0])[0]]))
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         wrong = [
             seed for seed, problem in zip(seeds, pool.map(problem_of, seeds, chunksize=10), strict=True) if problem

@@ -35,6 +35,26 @@ class _Entry:
         self.last: bytes | None = None
 
 
+class _FullFile:
+    """A file for whose contents there is no room; the error does not say which file it is."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> "_FullFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def write(self, content: Any) -> None:
+        """Fails."""
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 class Disk:
     """The files below a folder.
 
@@ -101,12 +121,20 @@ class Disk:
             self._world.say(f"the disk is full: {place}")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{self._root}/{place}")
 
+    def _is_full(self, place: str) -> bool:
+        """Whether a file can be made, but not be written, as is usual where a disk is full."""
+        if self._world.now >= self.full_until or self._random.random() < 0.5:
+            return False
+        self._world.say(f"there is no room for {place}")
+        return True
+
     def open_file(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         """Opens a file, as open() does."""
         place = self._inside(path)
         if place is None or not set(mode) & set("wax+"):
             return self._real_open(path, mode, *args, **kwargs)
-        self._before(place, takes_room=True)
+        is_full = self._is_full(place)
+        self._before(place, takes_room=not is_full)
         file = self._real_open(path, mode, *args, **kwargs)
         folder, name = self._parent(place)
         folder.names.setdefault(name, _Entry(is_folder=False, host="")).host = self._host()
@@ -114,7 +142,7 @@ class Disk:
         self._handles[file.fileno()] = place
         if process := self._world.current.process:
             process.files.append(weakref.ref(file))
-        return file
+        return _FullFile(file) if is_full else file
 
     def open(self, path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
         """Opens a file, as os.open() does; the code under test only reads so."""

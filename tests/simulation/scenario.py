@@ -487,5 +487,8 @@ def problem_of(seed: int) -> str:
 def report(seed: int) -> str:
     """A seed that goes wrong: as few faults as it takes, and what happens."""
     plan = shrunk(drawn(seed))
-    trace, problem = trace_of(plan) if trace_of(plan)[1] else servers.trace_of(seed)
+    trace, problem = trace_of(plan)
+    if not problem:
+        trace, problem = servers.trace_of(seed)
+        return "\n".join([f"seed {seed}, with parameter servers: {problem}", *trace[-MOST_LINES:]])
     return "\n".join([f"seed {seed}: {problem}", *map(str, plan.faults), *trace[-MOST_LINES:]])

@@ -23,12 +23,16 @@ class Request(NamedTuple):
     """What a lane asks for; it is answered when all lanes of the rank have asked.
 
     Attributes:
-        kind: allreduce, alltoall or allgather.
+        kind: allreduce, alltoall, allgather or broadcast.
         values: the lane's message.
     """
 
     kind: str
     values: tf.Tensor
+
+
+class EndOfExchange(Exception):  # noqa: N818, it only ends a lane's thread
+    """An exchange has failed elsewhere."""
 
 
 class LaneCommunicator(Communicator):
@@ -40,7 +44,7 @@ class LaneCommunicator(Communicator):
 
     Attributes:
         requests: what the lane asks for, and at last its result.
-        answers: what it gets.
+        answers: what it gets; None if the exchange has failed.
     """
 
     def __init__(self, lane: int, num_lanes: int) -> None:
@@ -61,9 +65,15 @@ class LaneCommunicator(Communicator):
         """The values (k, ...) of all lanes, one after another."""
         return self._answer(Request("allgather", values))
 
+    def broadcast(self, values: tf.Tensor) -> tf.Tensor:
+        """The values of lane 0."""
+        return self._answer(Request("broadcast", values))
+
     def _answer(self, request: Request) -> tf.Tensor:
         self.requests.put(request)
-        return self.answers.get()
+        if (answer := self.answers.get()) is None:
+            raise EndOfExchange
+        return answer
 
 
 class _OfLane(CompressorSet):
@@ -124,17 +134,26 @@ class LaneCompressors:
         for of_lane, values in zip(self._sets, vectors, strict=True):
             threading.Thread(target=_run, args=(of_lane, number, values, num_steps), daemon=True).start()
         lanes: list[Any] = [of_lane.lossy[number].group.communicator for of_lane in self._sets]
+        try:
+            self._results[number] = self._in_lockstep(number, lanes)
+        except BaseException:
+            for lane in lanes:
+                lane.answers.put(None)
+            raise
+        return self._results[number][0].summed
+
+    def _in_lockstep(self, number: int, lanes: Sequence[LaneCommunicator]) -> list[Exchanged]:
+        """Answers the lanes until they have their results."""
         for message in itertools.count(1):
             requests = [lane.requests.get() for lane in lanes]
             if errors := [request for request in requests if isinstance(request, BaseException)]:
                 raise errors[0]
             if isinstance(requests[0], Exchanged):
-                break
+                return requests
             answers = self._answered(number, f"lanes.{number}.{message}", requests)
             for lane, answer in zip(lanes, answers, strict=True):
                 lane.answers.put(answer)
-        self._results[number] = requests
-        return requests[0].summed
+        raise AssertionError("unreachable")
 
     def commit(self) -> None:
         """Makes the next states the current ones."""
@@ -204,6 +223,8 @@ class LaneCompressors:
             return self._alltoall(number, name, tf.stack(values))
         if requests[0].kind == "allgather":
             return [self._allgather(number, name, tf.concat(values, 0))] * len(values)
+        if requests[0].kind == "broadcast":
+            return [hvd.broadcast(values[0], 0, name=name)] * len(values)
         tree, whole = (TreeSum[tf.Tensor](self._topology.num_lanes, tf.add) for _ in range(2))
         for of_lane, value in zip(self._sets, values, strict=True):
             tree.push(Node(of_lane.lane, of_lane.lane + 1), value)

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from common.distributed import launcher_env, noise_kind
-from common.distributed.restart import Restart, rejoin
+from common.distributed.restart import Restart
 from common.distributed.topology import Topology
 from common.errors import ConfigError
 from common.gradients.gradient_sync import SyncOptions
@@ -39,9 +39,8 @@ def init(seed: int = 0, noise: str = "batch") -> Topology:
     Returns:
         The place of this rank: rank, world_size, local_rank, local_size.
     """
-    rejoin()
-    topology = runtime.init()
     _restart()
+    topology = runtime.init()
     with checks.refusals(topology):
         noise_kind.choose(noise)
     keras.utils.set_random_seed(seed)

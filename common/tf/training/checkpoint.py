@@ -56,6 +56,7 @@ class State:
 
     def gradients(self) -> Arrays:
         """The state of compressors and the loss scale, on rank 0; rank-local states as sums over the ranks."""
+        self._gradients.gather_state()
         state = self._gradients.state()
         tensors_of = {(kind, index): tensor for kind, tensors in state.items() for index, tensor in tensors.items()}
         summed = {place: tensor for place, tensor in tensors_of.items() if place[0] in RANK_LOCAL_STATE}

@@ -21,7 +21,7 @@ class Request(NamedTuple):
     """What a lane asks for; it is answered when all lanes of the rank have asked.
 
     Attributes:
-        kind: allreduce, alltoall or allgather.
+        kind: allreduce, alltoall, allgather or broadcast.
         values: the lane's message.
     """
 
@@ -47,6 +47,10 @@ class LaneCommunicator(Communicator):
     def allgather(self, values: Tensor) -> Any:
         """The values (k, ...) of all lanes, one after another."""
         return Request("allgather", values)
+
+    def broadcast(self, values: Tensor) -> Any:
+        """The values of lane 0, in place."""
+        return Request("broadcast", values)
 
 
 class _OfLane(CompressorSet):
@@ -170,6 +174,9 @@ class LaneCompressors:
             return self._alltoall(number, name, torch.stack(values))
         if requests[0].kind == "allgather":
             return [self._allgather(number, name, torch.cat(values))] * len(values)
+        if requests[0].kind == "broadcast":
+            of_first = hvd.broadcast(values[0], 0, name=name)
+            return [value.copy_(of_first) for value in values]
         tree = self._tree()
         for of_lane, value in zip(self._sets, values, strict=True):
             tree.push(Node(of_lane.lane, of_lane.lane + 1), value.clone())

@@ -102,7 +102,10 @@ class LaneSync(LaneExchange):
             norms.clip(self._buffers.values, max_norm, norms.norm(self._buffers.values))
 
     def sync_weights(self) -> None:
-        """Gives each rank the states of all lanes' compressors; the weights are the newest on all ranks."""
+        """Does nothing: all ranks make the same updates, so that each has the newest weights."""
+
+    def gather_state(self) -> None:
+        """Gives each rank the states of all lanes' compressors."""
         self._compressors.gather()
 
     def state(self) -> dict[str, dict[int, Tensor]]:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from common.distributed import launcher_env, noise_kind
-from common.distributed.restart import Restart, rejoin
+from common.distributed.restart import Restart
 from common.distributed.topology import Topology
 from common.errors import ConfigError, TrainingError
 from common.gradients.gradient_sync import SyncOptions
@@ -51,17 +51,17 @@ def start(
     Raises:
         SystemExit: with status 2, if an argument is wrong; rank 0 prints why.
     """
-    rejoin()
+    restart = Restart(runtime)
     topology = runtime.init()
     torch.manual_seed(seed)
-    if topology.world_size > 1:  # authors may draw with them without a seed
+    if topology.world_size > 1 or launcher_env.is_elastic():  # authors may draw with them without a seed
         random.seed(seed)
         np.random.seed(seed)
     with _refusals(topology):
         if losses not in ("mean", "sum"):
             raise ConfigError([f"losses={losses!r}: choose from mean, sum"])
         noise_kind.choose(noise)
-        return Run(topology, SyncOptions.from_names(compression, op, seed), losses == "sum")
+        return Run(topology, SyncOptions.from_names(compression, op, seed), losses == "sum", restart)
 
 
 @contextmanager
@@ -78,7 +78,8 @@ def _refusals(topology: Topology) -> Iterator[None]:
 class Run:
     """Through it a plain loop trains on all ranks, with the losses and weights of one rank.
 
-    With one rank nothing changes, but in an elastic job: models and optimizers are returned as they are.
+    With one rank, models and optimizers are returned as they are, and loaders give the batches of the author's. An
+    elastic job may get more ranks; so there nothing is left as it is.
 
     Attributes:
         rank: the number of this rank; rank 0 writes and prints.
@@ -86,10 +87,9 @@ class Run:
         device: this rank's GPU if there is one, else the CPU.
     """
 
-    def __init__(self, topology: Topology, options: SyncOptions, is_sum: bool) -> None:
+    def __init__(self, topology: Topology, options: SyncOptions, is_sum: bool, restart: Restart) -> None:
         self.rank, self.world_size, self.device = topology.rank, topology.world_size, runtime.device(topology)
-        self._topology, self._options, self._is_sum = topology, options, is_sum
-        self._restart = Restart(runtime)
+        self._topology, self._options, self._is_sum, self._restart = topology, options, is_sum, restart
         self._is_shared = self.world_size > 1 or launcher_env.is_elastic()  # or will be
         self._models: list[nn.Module] = []
         self._exchanges: list[GradientExchange] = []

@@ -50,6 +50,7 @@ class State:
 
     def gradients(self) -> Arrays:
         """The state of compressors and the loss scale, on rank 0; rank-local states as sums over the ranks."""
+        self._gradients.gather_state()
         state = self._compressor_state()
         summed = {name: tensor for name, tensor in state.items() if name.endswith(RANK_LOCAL_STATE)}
         if summed:
