@@ -58,7 +58,7 @@ def _measured(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str
     for every in map(float, arguments.every.split(",")):
         kills = [f"kill:rank={number % NUM_RANKS},step={step}" for number, step in _steps(every / of_step, num_steps)]
         chaos = f"chaos={';'.join(kills)}"
-        between = max(1, round(SECONDS_BETWEEN_CHECKPOINTS / of_step))
+        between = max(1, round(min(SECONDS_BETWEEN_CHECKPOINTS, every / 3) / of_step))
         found = _timed(lambda chaos=chaos: job.elastic(num_steps, chaos))
         rows[f"{arguments.framework}, elastic {every:g}"] = _row(every, found, whole)
         found = _timed(lambda chaos=chaos, between=between: job.supervised(num_steps, chaos, between))

@@ -40,6 +40,7 @@ DIFFERENCES = {
     "gradients/compressors/*": IN_PLACE,
     "gradients/compressor_set.py CompressorSet.*": IN_PLACE,
     "gradients/health_probe.py HealthProbe.*": IN_PLACE,
+    "gradients/lane_compressors.py *": "lanes wait as generators in PyTorch, as threads in TensorFlow",
     "gradients/loss_scaler.py LossScaler.*": IN_PLACE,
     "gradients/norms.py squared_norm": "squares of the accurate norm serve in PyTorch",
     "gradients/stage_sums.py StageSums.sum_tied": IN_PLACE,

@@ -430,11 +430,20 @@ def test_one_rank_changes_nothing() -> None:
     pytest.importorskip("torch")
     from common.torch.script import loop
 
+    import torch
     from torch.utils.data import DataLoader
 
-    run, model, loader = loop.start(), build(), DataLoader(data())
+    run, model, loader = loop.start(), build(), DataLoader(data(), batch_size=5, shuffle=True)
     assert run.prepare(model) is model
-    assert run.prepare(model, loader) == (model, loader)
+    prepared = run.prepare(loader)
+    torch.manual_seed(1)
+    expected = [inputs for inputs, _ in loader]
+    torch.manual_seed(1)
+    assert all(map(torch.equal, [inputs for inputs, _ in prepared], expected))
+    assert prepared.state_dict()["num_given"] == 0
+    words: Any = ["a", "b", "c"]
+    stream = DataLoader(words, batch_size=None)
+    assert list(run.prepare(stream)) == ["a", "b", "c"]
     assert run.mean(1.5) == run.sum(1.5) == 1.5
 
 
