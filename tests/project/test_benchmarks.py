@@ -38,7 +38,7 @@ SMALLEST: dict[str, tuple[list[str], list[str]]] = {
         ["--rounds", "1", "--modes", "event-driven 20 ms", "--repeats", "4", "--epochs", "1"],
         ["2 ranks, allreduce 1", "4 ranks, broadcast 1", "2 ranks, mnist_mlp_torch", "2 ranks, mnist_mlp_tf"],
     ),
-    "goodput": (["--seconds", "2", "--every", "1"], ["torch, undisturbed", "torch, elastic 1", "torch, supervised 1"]),
+    "goodput": (["--seconds", "2", "--every", "2"], ["torch, undisturbed", "torch, elastic 2", "torch, supervised 2"]),
     "overheads": (["mnist_mlp_torch", "--launches", "1", "--steps", "2"], ["mnist_mlp_torch"]),
     "pipeline": (["--rounds", "1", "--steps", "1"], ["one_rank", "peer"]),
     "side_by_side": ([*COMPARISONS, "--pairs", "1", "--steps", "2"], COMPARISONS),

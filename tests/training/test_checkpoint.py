@@ -12,6 +12,7 @@ from typing import Any
 
 from common import file_io
 from common.config.composition import compose
+from common.data import example_log
 from common.data.sampler import TrainingSampler
 from common.distributed.array_exchange import Arrays
 from common.errors import ConfigError, Stopped, TrainingError
@@ -140,13 +141,14 @@ def test_the_record_is_on_the_disk_before_a_checkpoint_counts(tmp_path: Path, mo
 
         return call
 
+    monkeypatch.setattr(example_log, "drop", lambda folder, start: None)
     monkeypatch.setattr(checkpoint_files, "write", noted(checkpoint_files.write))
     monkeypatch.setattr(file_io, "sync_path", noted(file_io.sync_path))
     (tmp_path / "ledger").mkdir()
-    for path in ("metrics.jsonl", "ledger/from-step-00000000.rank-0000.jsonl"):
+    for path in ("metrics.jsonl", "ledger/from-step-00000001.rank-0000.jsonl"):
         (tmp_path / path).touch()
     run(tmp_path, "train.checkpoint_every=0")
-    names = ["from-step-00000000.rank-0000.jsonl", "metrics.jsonl", "step-00000010"]
+    names = ["from-step-00000001.rank-0000.jsonl", "metrics.jsonl", "step-00000010"]
     assert [name for name in order if name in names][:3] == names
 
 
