@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -236,37 +236,53 @@ class Simulation:
         return status
 
     def _happen(self, fault: Fault) -> None:
-        world, cluster, number = self.world, self._cluster, fault.number
-        world.say(str(fault))
-        workers = [worker for worker in cluster.workers if worker.is_alive]
-        launchers = [launcher for launcher in self._launchers if launcher.is_alive]
-        host = list(self._plan.slots)[number % len(self._plan.slots)]
-        if fault.kind == "kill" and workers:
-            workers[number % len(workers)].kill()
-        elif fault.kind == "kill_launcher" and launchers:
-            launchers[number % len(launchers)].kill()
-        elif fault.kind == "host":
-            for worker in workers:
-                if worker.host == host:
-                    worker.kill()
-            self._disk.cut_power({host})
-        elif fault.kind == "power":
-            for process in (*launchers, *workers):
-                process.kill()
-            self._disk.cut_power(set(HOSTS))
-        elif fault.kind == "leave" and len(cluster.slots) > 1:
-            cluster.slots.pop(host, None)
-        elif fault.kind == "join":
-            cluster.slots[host] = self._plan.slots[host]
-        elif fault.kind == "full":
-            self._disk.full_until = world.now + 2
-        elif fault.kind == "lie":
-            self._disk.lies_until, self._is_trusted = world.now + 2, False
-        elif fault.kind == "terminate":
-            for worker in workers:
-                world.send_signal(worker, signal.SIGTERM)
-        elif fault.kind == "second":
-            self._begin_user()
+        self.world.say(str(fault))
+        getattr(self, f"_{fault.kind}")(fault.number)
+
+    def _workers(self) -> list[Process]:
+        return [worker for worker in self._cluster.workers if worker.is_alive]
+
+    def _kill(self, number: int) -> None:
+        _kill_one(self._workers(), number)
+
+    def _kill_launcher(self, number: int) -> None:
+        _kill_one([launcher for launcher in self._launchers if launcher.is_alive], number)
+
+    def _host_of(self, number: int) -> str:
+        return list(self._plan.slots)[number % len(self._plan.slots)]
+
+    def _host(self, number: int) -> None:
+        host = self._host_of(number)
+        for worker in self._workers():
+            if worker.host == host:
+                worker.kill()
+        self._disk.cut_power({host})
+
+    def _power(self, number: int) -> None:
+        for process in (*self._launchers, *self._workers()):
+            process.kill()
+        self._disk.cut_power(set(HOSTS))
+
+    def _leave(self, number: int) -> None:
+        if len(self._cluster.slots) > 1:
+            self._cluster.slots.pop(self._host_of(number), None)
+
+    def _join(self, number: int) -> None:
+        host = self._host_of(number)
+        self._cluster.slots[host] = self._plan.slots[host]
+
+    def _full(self, number: int) -> None:
+        self._disk.full_until = self.world.now + 2
+
+    def _lie(self, number: int) -> None:
+        self._disk.lies_until, self._is_trusted = self.world.now + 2, False
+
+    def _terminate(self, number: int) -> None:
+        for worker in self._workers():
+            self.world.send_signal(worker, signal.SIGTERM)
+
+    def _second(self, number: int) -> None:
+        self._begin_user()
 
     def _write(self, folder: Path, *contents: Any) -> None:
         _write_checkpoint(folder, *contents)
@@ -351,6 +367,11 @@ class Simulation:
 
     def _handle(self, number: int, handler: Any) -> None:
         self._process.handlers[number] = handler
+
+
+def _kill_one(processes: Sequence[Process], number: int) -> None:
+    if processes:
+        processes[number % len(processes)].kill()
 
 
 class _System:
