@@ -36,6 +36,12 @@ def is_elastic() -> bool:
     return os.environ.get("HOROVOD_ELASTIC") == "1"
 
 
+def job() -> str:
+    """A name of the job, the same on all its ranks; "" without horovodrun."""
+    address, port = (os.environ.get(f"HOROVOD_GLOO_RENDEZVOUS_{name}", "") for name in ("ADDR", "PORT"))
+    return f"{address}:{port}" if port else ""
+
+
 def num_cores() -> int:
     """Number of cores that this process may run on."""
     return len(os.sched_getaffinity(0))

@@ -15,6 +15,7 @@ from common import file_io
 from common.config.schema import RunConfig, leaves, to_dict
 from common.data import example_log
 from common.data.sampler import SamplerState, Step, TrainingSampler
+from common.distributed import launcher_env
 from common.distributed.array_exchange import Arrays
 from common.distributed.consensus import Runtime
 from common.distributed.topology import Topology
@@ -27,6 +28,7 @@ from common.training.goodput import goodput
 
 import numpy as np
 
+SECONDS_TO_LEAVE = 10.0
 Exchange = Callable[[Sequence[Arrays]], Sequence[Arrays]]
 
 # Keys that may change between a checkpoint and the run that resumes from it: the loss curve does not depend on them.
@@ -136,10 +138,13 @@ class Checkpoints:
 
     def _restored(self) -> dict[str, Any]:
         checkpoint = membership.newest(self._runtime, self._rank) if self._cfg.elastic else None
+        if self._rank > 0:
+            run_lock.let_go(self._run_folder)  # it may have been rank 0
         with self._runtime.raise_on_all_ranks():
             if self._rank == 0:
                 if self._run_folder.exists():
-                    run_lock.hold(self._run_folder)
+                    # Where ranks have changed, the process of the last rank 0 may not have ended yet.
+                    run_lock.hold(self._run_folder, launcher_env.job(), SECONDS_TO_LEAVE)
                 checkpoint = self._newer_than(checkpoint) if checkpoint else self._suitable()
         restored: dict[str, Any] = self._runtime.broadcast_object(checkpoint.state if checkpoint else {})
         if restored:
@@ -151,7 +156,7 @@ class Checkpoints:
     def _begin(self, start: int) -> None:
         """Locks the run folder, and removes or moves aside its records of steps after `start`."""
         file_io.make_folder(self._run_folder)
-        run_lock.hold(self._run_folder)
+        run_lock.hold(self._run_folder, launcher_env.job())
         example_log.drop(self._run_folder, start)
         checkpoint_files.set_aside(self._folder, start)
 

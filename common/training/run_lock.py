@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -22,10 +23,15 @@ SECONDS = 10.0  # timeout: a network file system without its lock service may ne
 _held: dict[Path, BinaryIO] = {}
 
 
-def hold(folder: Path) -> None:
+def hold(folder: Path, job: str = "", patience: float = 0.0) -> None:
     """Locks an existing folder, unless this process has locked it already.
 
     If the file system has no locks, prints a warning and continues.
+
+    Args:
+        folder: the folder.
+        job: name of this job.
+        patience: seconds to wait for a lock that another process of this job has.
 
     Raises:
         ConfigError: another job has locked the folder.
@@ -34,20 +40,29 @@ def hold(folder: Path) -> None:
     if path in _held:
         return
     file = path.open("ab+")
-    if not _lock(file, folder):
-        file.seek(0)
-        owner = file.read(200).decode(errors="replace").strip() or "another process"
+    end = time.monotonic() + patience
+    while not (is_locked := _lock(file, folder)) and _owner(file)[1] == job != "" and time.monotonic() < end:
+        time.sleep(0.2)
+    if not is_locked:
+        owner = _owner(file)[0] or "another process"
         file.close()
         raise ConfigError([f"run.dir={folder}: is in use by {owner}; wait for its end, or choose another folder"])
     if not _is_at(file, path):  # the previous owner has just removed the file
         file.close()
-        hold(folder)
+        hold(folder, job, patience)
         return
     file.truncate(0)
-    file.write(f"{socket.gethostname()}, process {os.getpid()}\n".encode())
+    file.write(f"{socket.gethostname()}, process {os.getpid()}\n{job}\n".encode())
     file.flush()
     _held[path] = file
     atexit.register(let_go, folder)
+
+
+def _owner(file: BinaryIO) -> tuple[str, str]:
+    """Who has locked the file, and the name of its job."""
+    file.seek(0)
+    process, job, *_ = [*file.read(400).decode(errors="replace").splitlines(), "", ""]
+    return process.strip(), job
 
 
 def let_go(folder: Path) -> None:

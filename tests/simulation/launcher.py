@@ -44,6 +44,7 @@ class Cluster:
     def spawn(self, launcher: Process, host: str, environ: Mapping[str, Any]) -> Process:
         """Starts a process of a job, which ends some time after its launcher."""
         name = f"worker {next(self._numbers)} on {host}"
+        environ = {**environ, "HOROVOD_GLOO_RENDEZVOUS_PORT": launcher.name}
         worker = Process(self.world, name, host, {key: str(value) for key, value in environ.items()})
         self.workers.append(worker)
         self.world.say(f"{launcher.name} starts {name} as rank {environ['HOROVOD_RANK']} of {environ['HOROVOD_SIZE']}")
@@ -129,7 +130,7 @@ class _ElasticLaunch:
         worker.runtime = Runtime(
             self._world,
             worker,
-            lambda: self._meet(slot if next(starts) == 0 else self._ask(worker, *key)),
+            lambda: self._meet(worker, slot if next(starts) == 0 else self._ask(worker, *key)),
             lambda listener: self._listen(worker, key, listener),
         )
         self._cluster.run(worker)
@@ -142,9 +143,10 @@ class _ElasticLaunch:
         assert worker.status is not None
         return worker.status, self._world.now
 
-    def _meet(self, slot: Any) -> tuple[Topology, Mesh]:
-        if slot.rank < 0:
-            raise ValueError("this slot has been removed from the elastic job")
+    def _meet(self, worker: Process, slot: Any) -> tuple[Topology, Mesh]:
+        if slot.rank < 0:  # Horovod aborts, which may take a while
+            self._world.pause(self._world.delay(0.5))
+            worker.leave(ABORTED)
         return _topology(slot), self._mesh
 
     def _ask(self, worker: Process, host: str, local_rank: int) -> Any:

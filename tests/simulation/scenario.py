@@ -214,6 +214,9 @@ class Simulation:
         self._launchers.append(launcher)
         while launcher.status is None:
             self.world.pause(0.5)
+        excuses = {"full", "lie", "second", "kill_launcher"} & {fault.kind for fault in self._plan.faults}
+        if launcher.status == 2 and not excuses and not (self._folder / "summary.json").exists():
+            raise Violation("a launch was refused, and nothing was wrong")
         return launcher.status
 
     def _main(self, process: Process) -> int:
@@ -338,7 +341,7 @@ class Simulation:
             *self._disk.changes(),
             *(
                 (module, "time", clock)
-                for module in (command_line, step_statistics, progress, driver, discovery, timeout)
+                for module in (command_line, run_lock, step_statistics, progress, driver, discovery, timeout)
             ),
             (sys.modules["common.training.goodput"], "time", clock),
             *((module, "threading", threads) for module in (command_line, run_lock, prefetch, driver, discovery)),
