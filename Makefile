@@ -64,10 +64,10 @@ stress: setup ## all of Horovod's operations at once, on 2, 3 and 4 ranks, throu
 scripts: setup ## scripts of one's own on 2 and 3 ranks give what their authors get in one process
 	$(IN_VENV) SCRIPT_RANKS=2,3 python -m pytest tests/script
 
-reproducible: setup ## train.reproducible=true gives the same bits in 12 layouts and 4 resumes, for two tasks, also compressed (40 minutes)
+reproducible: setup ## train.reproducible=true gives the same bits in 12 layouts and 4 resumes, for two tasks, also compressed
 	$(IN_VENV) REPRODUCIBLE=all python -m pytest tests/training/test_reproducible.py
 
-simulate: setup ## 10,000 runs in a simulation, each with other failures drawn from its seed (5 minutes)
+simulate: setup ## 10,000 runs in a simulation, each with other failures drawn from its seed (2 to 6 minutes)
 	$(IN_VENV) python -m tests.simulation seeds=0-9999
 
 elastic-demo: setup ## two local hosts, of which one is lost and comes back: what happens, and what it costs (1 minute)

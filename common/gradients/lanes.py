@@ -10,7 +10,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from common.distributed.topology import bounds, lanes_of
+from common.distributed.topology import Topology, bounds, lanes_of
 from common.gradients.gradient_sync import CountedSync
 from common.gradients.step_metrics import StepMetrics
 
@@ -62,6 +62,46 @@ def nodes_of(rank: int, num_ranks: int, num_lanes: int) -> Sequence[Node]:
     return [node for node, _ in tree.nodes]
 
 
+def nodes_of_ranks(topology: Topology) -> list[Sequence[Node]]:
+    """For each rank, the nodes that it is left with."""
+    return [nodes_of(rank, topology.world_size, topology.num_lanes) for rank in range(topology.world_size)]
+
+
+class Request(NamedTuple):
+    """What a lane asks the other lanes for; it is answered when all lanes of its rank have asked.
+
+    Attributes:
+        kind: allreduce, alltoall, allgather or broadcast.
+        values: the lane's message.
+    """
+
+    kind: str
+    values: Any
+
+
+class LaneRequests:
+    """What the LaneCommunicator of both bindings does alike: its messages are requests to the other lanes."""
+
+    def allreduce(self, values: Any) -> Any:
+        """The sum over the lanes, along their tree."""
+        return self._ask(Request("allreduce", values))
+
+    def alltoall(self, rows: Any) -> Any:
+        """Row l of (lanes, ...) goes to lane l; row l of the result comes from lane l."""
+        return self._ask(Request("alltoall", rows))
+
+    def allgather(self, values: Any) -> Any:
+        """The values (k, ...) of all lanes, one after another."""
+        return self._ask(Request("allgather", values))
+
+    def broadcast(self, values: Any) -> Any:
+        """The values of lane 0."""
+        return self._ask(Request("broadcast", values))
+
+    def _ask(self, request: Request) -> Any:
+        return request
+
+
 class LaneExchange(CountedSync):
     """What the LaneSync of both bindings knows: which rank sends which nodes of which part of a vector.
 
@@ -77,8 +117,7 @@ class LaneExchange(CountedSync):
     @cached_property
     def nodes(self) -> list[Sequence[Node]]:
         """For each rank, the nodes that it sends."""
-        size = self._topology.world_size
-        return [nodes_of(rank, size, self._topology.num_lanes) for rank in range(size)]
+        return nodes_of_ranks(self._topology)
 
     def parts(self, number: int) -> list[tuple[int, int]]:
         """Where each rank's part of a bucket's vector begins and ends."""

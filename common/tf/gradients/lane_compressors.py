@@ -4,13 +4,13 @@ import itertools
 import threading
 from collections.abc import Mapping, Sequence
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any
 
 from common.distributed.topology import Topology
 from common.gradients.bucketing import Bucket
 from common.gradients.compression import RANK_LOCAL_STATE
 from common.gradients.gradient_sync import SyncOptions
-from common.gradients.lanes import Node, TreeSum, nodes_of
+from common.gradients.lanes import LaneRequests, Node, Request, TreeSum, nodes_of_ranks
 from common.tf.gradients.compression import Communicator, Exchanged
 from common.tf.gradients.compressor_set import CompressorSet
 
@@ -19,23 +19,11 @@ import numpy as np
 import tensorflow as tf
 
 
-class Request(NamedTuple):
-    """What a lane asks for; it is answered when all lanes of the rank have asked.
-
-    Attributes:
-        kind: allreduce, alltoall, allgather or broadcast.
-        values: the lane's message.
-    """
-
-    kind: str
-    values: tf.Tensor
-
-
 class EndOfExchange(Exception):  # noqa: N818, it only ends a lane's thread
     """An exchange has failed elsewhere."""
 
 
-class LaneCommunicator(Communicator):
+class LaneCommunicator(LaneRequests, Communicator):
     """Sends the messages of a lane to the other lanes.
 
     Args:
@@ -53,23 +41,7 @@ class LaneCommunicator(Communicator):
         self.answers: SimpleQueue[tf.Tensor] = SimpleQueue()
         self.begin()
 
-    def allreduce(self, values: tf.Tensor) -> tf.Tensor:
-        """The sum over the lanes, along their tree."""
-        return self._answer(Request("allreduce", values))
-
-    def alltoall(self, rows: tf.Tensor) -> tf.Tensor:
-        """Row l of (lanes, ...) goes to lane l; row l of the result comes from lane l."""
-        return self._answer(Request("alltoall", rows))
-
-    def allgather(self, values: tf.Tensor) -> tf.Tensor:
-        """The values (k, ...) of all lanes, one after another."""
-        return self._answer(Request("allgather", values))
-
-    def broadcast(self, values: tf.Tensor) -> tf.Tensor:
-        """The values of lane 0."""
-        return self._answer(Request("broadcast", values))
-
-    def _answer(self, request: Request) -> tf.Tensor:
+    def _ask(self, request: Request) -> tf.Tensor:
         self.requests.put(request)
         if (answer := self.answers.get()) is None:
             raise EndOfExchange
@@ -105,7 +77,7 @@ class LaneCompressors:
     ) -> None:
         self._topology, self._buckets, self._options = topology, buckets, options
         self._sets = [_OfLane(lane, shapes, buckets, topology, options) for lane in topology.batch_slices]
-        self._nodes = [nodes_of(rank, topology.world_size, topology.num_lanes) for rank in range(topology.world_size)]
+        self._nodes = nodes_of_ranks(topology)
         self.num_bytes = dict.fromkeys(range(len(buckets)), 0)
         self._results: dict[int, list[Exchanged]] = {}  # by bucket, those of each lane
         # By bucket and name, (lanes, n) the states that differ between lanes. Those of other ranks' lanes are old

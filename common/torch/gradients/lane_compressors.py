@@ -2,13 +2,13 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from common.distributed.topology import Topology
 from common.gradients.bucketing import Bucket
 from common.gradients.compression import RANK_LOCAL_STATE
 from common.gradients.gradient_sync import SyncOptions
-from common.gradients.lanes import Node, TreeSum, nodes_of
+from common.gradients.lanes import LaneRequests, Node, Request, TreeSum, nodes_of_ranks
 from common.torch.gradients.compression import Communicator
 from common.torch.gradients.compressor_set import CompressorSet
 
@@ -17,40 +17,12 @@ import torch
 from torch import Tensor
 
 
-class Request(NamedTuple):
-    """What a lane asks for; it is answered when all lanes of the rank have asked.
-
-    Attributes:
-        kind: allreduce, alltoall, allgather or broadcast.
-        values: the lane's message.
-    """
-
-    kind: str
-    values: Tensor
-
-
-class LaneCommunicator(Communicator):
+class LaneCommunicator(LaneRequests, Communicator):
     """Sends the messages of a lane to the other lanes."""
 
     def __init__(self, lane: int, num_lanes: int) -> None:
         self.rank, self.size = lane, num_lanes
         self.begin()
-
-    def allreduce(self, values: Tensor) -> Any:
-        """The sum over the lanes, along their tree."""
-        return Request("allreduce", values)
-
-    def alltoall(self, rows: Tensor) -> Any:
-        """Row l of (lanes, ...) goes to lane l; row l of the result comes from lane l."""
-        return Request("alltoall", rows)
-
-    def allgather(self, values: Tensor) -> Any:
-        """The values (k, ...) of all lanes, one after another."""
-        return Request("allgather", values)
-
-    def broadcast(self, values: Tensor) -> Any:
-        """The values of lane 0, in place."""
-        return Request("broadcast", values)
 
 
 class _OfLane(CompressorSet):
@@ -82,7 +54,7 @@ class LaneCompressors:
     ) -> None:
         self._topology, self._buckets = topology, buckets
         self._sets = [_OfLane(lane, parameters, buckets, topology, options) for lane in topology.batch_slices]
-        self._nodes = [nodes_of(rank, topology.world_size, topology.num_lanes) for rank in range(topology.world_size)]
+        self._nodes = nodes_of_ranks(topology)
         self.num_bytes = dict.fromkeys(range(len(buckets)), 0)
         # By bucket and name, (lanes, n) the states that differ between lanes. Those of other ranks' lanes are old
         # until gather() is called.
